@@ -1,0 +1,1577 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Pretrain or fine-tune a masked language model (RoBERTa, BERT, ALBERT, ...) with JAX and Flax.
+
+A share of the tokens is hidden and the model predicts them from both sides (Devlin et al. 2019, arXiv:1810.04805; masks
+are redrawn for every batch as in Liu et al. 2019, arXiv:1907.11692). These commands work as pasted, on a laptop too:
+
+    python quickstart/python_docs_corpus.py --output_dir corpus
+    python prepare_model_dir.py --model_type roberta --train_file corpus/train.txt --vocab_size 4096 \
+        --config_overrides "hidden_size=128,num_hidden_layers=2,intermediate_size=512" --output_dir my-roberta
+    python run_mlm_flax.py --config_name my-roberta --tokenizer_name my-roberta --output_dir my-run \
+        --train_file corpus/train.txt --validation_file corpus/validation.txt --max_seq_length 128 --max_steps 300 \
+        --per_device_train_batch_size 16 --learning_rate 2e-3 --warmup_steps 30 --logging_steps 50
+
+Weights (for Flax and for PyTorch), tokenizer, results and TensorBoard curves are in my-run afterwards. README.md says what
+each flag does and which results were reached; the part to change for an objective of your own is fenced off below.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import datasets
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, path_aware_map
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
+from tensorboard.summary import Writer
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import (
+    CONFIG_MAPPING,
+    FLAX_MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    FlaxAutoModelForMaskedLM,
+    FlaxPreTrainedModel,
+    HfArgumentParser,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+logger = logging.getLogger(__name__)
+
+# Shape letters at the end of names, outermost dimension first:
+#   A  micro-batches in one update      D  devices of this process      B  rows per device       T  tokens in a row
+#   V  vocabulary                       H  hidden size                  K  labelled positions per device
+# A joined letter is a merged dimension: input_ids_NT holds N = A * D * B rows. Model inputs keep their transformers names.
+
+
+# ---- Arguments -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainingArguments:
+    """How to train: batch sizes, steps, optimizer, and what to write when. A step is one optimizer update."""
+
+    output_dir: str = field(metadata={"help": "Directory for weights, tokenizer, results and TensorBoard events."})
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Train into a non-empty output_dir; its old events and results are removed, weights replaced."},
+    )
+    do_train: bool = field(default=False, metadata={"help": "Train. With neither do_train nor do_eval, both are done."})
+    do_eval: bool = field(default=False, metadata={"help": "Evaluate, every eval_steps and at the end. Alone: only that."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Training rows per device and step."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Evaluation rows per device and step."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate; typically 1e-4 to 1e-3 from scratch."})
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "Decoupled decay, times the learning rate, of matrices; not of biases and norms."}
+    )
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW: decay of the first moment, in [0, 1)."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW: decay of the second moment, in [0, 1)."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW: added to the denominator."})
+    adafactor: bool = field(default=False, metadata={"help": "Adafactor instead of AdamW: far less optimizer memory."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this global norm; 0 does not clip."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training rows; fractions count."})
+    max_steps: int = field(default=-1, metadata={"help": "Number of steps; if positive, it overrides num_train_epochs."})
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = field(
+        default="linear", metadata={"help": "Learning rate after the warmup: down to zero in a line or a cosine, or kept."}
+    )
+    warmup_steps: int = field(default=0, metadata={"help": "Steps in which the learning rate grows linearly from zero."})
+    warmup_ratio: float = field(default=0.0, metadata={"help": "Warmup as a share of all steps, if warmup_steps is 0."})
+    logging_steps: int = field(default=500, metadata={"help": "Steps between two lines of the training log."})
+    logging_first_step: bool = field(default=False, metadata={"help": "Log the first step too."})
+    save_steps: int = field(default=500, metadata={"help": "Steps between two saves; the end is always saved."})
+    save_safetensors: bool = field(
+        default=True, metadata={"help": "Write model.safetensors in PyTorch layout beside flax_model.msgpack."}
+    )
+    eval_steps: int | None = field(default=None, metadata={"help": "Steps between two evaluations; unset: only at the end."})
+    seed: int = field(default=42, metadata={"help": "Everything random follows from it."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, about 30%% more time."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model and tokenizer to start from."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Weights to start from, Flax or PyTorch layout (Hub id or directory). Unset: fresh."}
+    )
+    model_type: str | None = field(
+        default=None, metadata={"help": "Architecture with its default configuration, if no configuration is named."}
+    )
+    config_name: str | None = field(default=None, metadata={"help": "Configuration (Hub id or directory)."})
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Changes to the configuration of a fresh model: key=value,key=value."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer (Hub id or directory). Unset: the one of model_name_or_path."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and tokenised data are kept."})
+    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use the Rust tokenizer."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={"help": "Precision of activations; weights and loss stay float32. float16 is refused, see the error."},
+    )
+    token: str | None = field(
+        default=None, repr=False, metadata={"help": "Hub token for private models and data; never logged or written."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a Hub repository."})
+
+
+# ---- Objective: yours to edit --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DataTrainingArguments:
+    """What to train on, and how rows are made and masked."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, or a local directory (data files, or written by save_to_disk)."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Training text: txt, csv, json, jsonl or parquet, also .gz, .bz2 or .xz."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Evaluation text, formats as for train_file."})
+    text_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the text. Unset: 'text' if there is one, else the first text column."}
+    )
+    train_ref_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Word references for whole-word masking (Chinese): for each text row a JSON list with the positions"
+            " of the tokens, [CLS] being 0, that continue a word."
+        },
+    )
+    validation_ref_file: str | None = field(default=None, metadata={"help": "The same for validation_file."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise again even if a cached result exists."})
+    validation_split_percentage: int = field(
+        default=5, metadata={"help": "Percentage of rows drawn as validation set if the data has none."}
+    )
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Tokens per row. Unset: what tokenizer and model can take, at most 1024."}
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Keep only the first n training rows of tokens."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Keep only the first n evaluation rows of tokens."})
+    line_by_line: bool = field(
+        default=False, metadata={"help": "One text row = one truncated row of tokens; unset: texts are joined and cut."}
+    )
+    pad_to_max_length: bool = field(
+        default=False,
+        metadata={"help": "line_by_line: pad to max_seq_length; unset: to the longest row (a multiple of 16)."},
+    )
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict, in (0, 1)."})
+    whole_word_mask: bool = field(default=False, metadata={"help": "Mask all tokens of a word together."})
+
+
+def check_objective_arguments(data_args: DataTrainingArguments, model_args: ModelArguments) -> None:
+    """Refuse impossible settings of this objective before anything is loaded."""
+    if not 0 < data_args.mlm_probability < 1:
+        fail(f"--mlm_probability {data_args.mlm_probability}: must lie between 0 and 1, both excluded")
+    if data_args.whole_word_mask and not model_args.use_fast_tokenizer:
+        fail("--whole_word_mask: needs the fast tokenizer's character offsets; drop --no_use_fast_tokenizer")
+    for name in ("train_ref_file", "validation_ref_file"):
+        text_file = name.replace("ref_", "")
+        if getattr(data_args, name) and not data_args.whole_word_mask:
+            fail(f"--{name}: holds word references, which only --whole_word_mask uses; add that flag or drop this one")
+        if getattr(data_args, name) and not getattr(data_args, text_file):
+            fail(f"--{name}: refers to the rows of --{text_file}, which is not given")
+
+
+def check_objective_tokenizer(tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments) -> None:
+    """Refuse a tokenizer that lacks what this objective needs."""
+    source = model_args.tokenizer_name or model_args.model_name_or_path
+    for name, use in (("mask_token", "hide words"), ("pad_token", "fill up rows")):
+        if getattr(tokenizer, name) is None:
+            fail(f"--tokenizer_name {source}: has no {name}, needed to {use}; use a tokenizer made for masked models")
+
+
+def tokenize_and_group(
+    raw_datasets: Mapping[str, datasets.Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataTrainingArguments,
+    cache_dir: str | None,
+    max_seq_length: int,
+) -> dict[str, "TokenRows"]:
+    """Turn text into rows of `max_seq_length` tokens per split.
+
+    Texts are tokenised with the special tokens the tokenizer adds. With `line_by_line` each non-blank text becomes one row,
+    truncated and padded; else all texts are joined and cut into full rows, only the last of which is padded. With
+    `whole_word_mask` a second column, `word_starts`, is 1 where a word begins.
+    """
+    columns = {"input_ids": tokenizer.pad_token_id} | ({"word_starts": 1} if data_args.whole_word_mask else {})
+    rows = {}
+    for split, dataset in raw_datasets.items():
+        text_column = find_text_column(dataset, data_args.text_column_name)
+        tokenized = dataset.map(
+            functools.partial(
+                tokenize_texts,
+                tokenizer=tokenizer,
+                text_column=text_column,
+                max_length=max_seq_length if data_args.line_by_line else None,
+                with_word_starts=data_args.whole_word_mask,
+            ),
+            batched=True,
+            num_proc=data_args.preprocessing_num_workers,
+            remove_columns=dataset.column_names,
+            features=datasets.Features({name: datasets.Sequence(datasets.Value("int32")) for name in columns}),
+            load_from_cache_file=not data_args.overwrite_cache,
+            desc=f"Tokenising {split}",
+        )
+        if data_args.line_by_line:
+            pad_to = max_seq_length if data_args.pad_to_max_length else None
+            rows[split] = pad_rows(tokenized, columns, max_seq_length, pad_to, cache_dir)
+        else:
+            rows[split] = cut_rows(tokenized, columns, max_seq_length, cache_dir)
+    return rows
+
+
+def tokenize_texts(
+    batch: Mapping[str, list],
+    tokenizer: PreTrainedTokenizerBase,
+    text_column: str,
+    max_length: int | None,
+    with_word_starts: bool,
+) -> dict[str, list]:
+    """Tokenise the non-blank texts of one `Dataset.map` batch."""
+    keep = [i for i, text in enumerate(batch[text_column]) if text and not text.isspace()]
+    texts = [batch[text_column][i] for i in keep]
+    if not texts:
+        return {"input_ids": [], **({"word_starts": []} if with_word_starts else {})}
+    encoding = tokenizer(
+        texts,
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=with_word_starts,
+        return_special_tokens_mask=with_word_starts,
+        verbose=False,
+    )
+    if not with_word_starts:
+        return {"input_ids": encoding["input_ids"]}
+    word_starts = list(map(find_word_starts, texts, encoding["offset_mapping"], encoding["special_tokens_mask"]))
+    if REFERENCE_COLUMN in batch:
+        for starts, i in zip(word_starts, keep, strict=True):
+            continues = np.asarray(batch[REFERENCE_COLUMN][i], np.int64)
+            starts[continues[(continues > 0) & (continues < len(starts))]] = 0
+    return {"input_ids": encoding["input_ids"], "word_starts": word_starts}
+
+
+def find_word_starts(text: str, offsets: Sequence[tuple[int, int]], special_tokens_mask: Sequence[int]) -> np.ndarray:
+    """Mark the tokens that begin a word: int32 [tokens], 1 at a beginning.
+
+    Only characters count, so byte-level BPE, WordPiece and unigram tokenizers agree: a word is a run of letters, digits and
+    combining marks; punctuation, symbols and CJK ideographs stand alone. `offsets` are the fast tokenizer's (start, end).
+    """
+    start, end = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    codepoints, inverse = np.unique(np.frombuffer(text.encode("utf-32-le"), np.uint32), return_inverse=True)
+    in_word = np.append(np.array([is_word_character(chr(c)) for c in codepoints], bool)[inverse], False)
+    starts = np.ones(len(start), np.int32)
+    previous_end = end[:-1]
+    touches = (start[1:] == previous_end) & in_word[start[1:]] & in_word[previous_end - 1]
+    inside_a_character = start[1:] < previous_end  # byte-level pieces of one character share its offsets
+    special = np.asarray(special_tokens_mask, bool)
+    starts[1:] = ~((touches | inside_a_character) & ~special[1:] & ~special[:-1])
+    return starts
+
+
+@functools.cache
+def is_word_character(character: str) -> bool:
+    """True for what continues a word: letters of alphabets, digits, marks, underscore; not punctuation, space or CJK."""
+    ideograph = unicodedata.name(character, "").startswith(("CJK", "HIRAGANA", "KATAKANA"))
+    return character == "_" or (unicodedata.category(character)[0] in "LNM" and not ideograph)
+
+
+class Collator:
+    """Hide tokens for masked language modelling: a pure function of rows and uniform random numbers.
+
+    Of the ordinary tokens (not special, not padding) a share `mlm_probability` is selected, token by token or word by word;
+    a selected token becomes the mask token in 80 % of cases, an ordinary token drawn at random in 10 %, and stays in 10 %
+    (Devlin et al. 2019, section 3.1). Labels come as flat positions within each device's rows, at most `K` of them, so that
+    the model has to score the vocabulary only there; `K` is six standard deviations above the mean, hence shapes are fixed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data_args: DataTrainingArguments, max_seq_length: int):
+        ids = np.array(sorted(tokenizer.get_vocab().values()), np.int32)
+        self.ordinary_ids = np.setdiff1d(ids, tokenizer.all_special_ids)
+        self.is_special_V = np.zeros(ids[-1] + 1, bool)
+        self.is_special_V[[i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id]] = True
+        self.pad_token_id = tokenizer.pad_token_id
+        self.mask_token_id = tokenizer.mask_token_id
+        self.mlm_probability = data_args.mlm_probability
+        self.draws_per_row = max_seq_length
+
+    def num_label_positions(self, num_tokens: int, mean_squared_unit: float = 1.0) -> int:
+        """Capacity K for `num_tokens` positions: mean + 6 sigma of a binomial, rounded up to a multiple of 64."""
+        mean = num_tokens * self.mlm_probability
+        sigma = math.sqrt(mean * (1 - self.mlm_probability) * mean_squared_unit)
+        return min(num_tokens, 64 * math.ceil((mean + 6 * sigma) / 64))
+
+    def __call__(
+        self, rows: Mapping[str, np.ndarray], uniforms_NT: np.ndarray, is_real_N: np.ndarray, num_groups: int
+    ) -> dict[str, np.ndarray]:
+        """Collate N rows for `num_groups` equal groups (devices x micro-batches) of N / num_groups rows.
+
+        Args:
+            rows: `input_ids` int [N, T], and `word_starts` [N, T] for whole-word masking.
+            uniforms_NT: float64 [N, T] in [0, 1), the only source of randomness.
+            is_real_N: bool [N]; rows that only fill up a batch are False and get no label.
+
+        Returns:
+            input_ids, attention_mask int32 [N, T]; label_positions, labels int32 and label_weights float32 [num_groups * K].
+        """
+        input_ids_NT = rows["input_ids"].astype(np.int32)
+        attention_mask_NT = (input_ids_NT != self.pad_token_id).astype(np.int32)
+        starts_word_NT, selected_NT = self.select(rows, input_ids_NT, uniforms_NT, is_real_N)
+        K = self.num_label_positions(input_ids_NT.size // num_groups, 4.0 if "word_starts" in rows else 1.0)
+        flat_positions = np.flatnonzero(self.within_capacity(selected_NT, starts_word_NT, num_groups, K))
+
+        labels = input_ids_NT.reshape(-1)[flat_positions]
+        # Given that a unit was selected, its uniform number is uniform in [0, mlm_probability): what is left of it decides
+        # between mask, random and unchanged, and which random token. Later tokens of a word have an unused number.
+        chance = uniforms_NT.reshape(-1)[flat_positions]
+        chance = np.where(starts_word_NT.reshape(-1)[flat_positions], chance / self.mlm_probability, chance)
+        random_ids = self.ordinary_ids[(np.clip((chance - 0.8) / 0.1, 0, 1 - 1e-9) * len(self.ordinary_ids)).astype(np.int64)]
+        shown = np.where(chance < 0.8, self.mask_token_id, np.where(chance < 0.9, random_ids, labels))
+        input_ids_NT.reshape(-1)[flat_positions] = shown
+
+        group, position = np.divmod(flat_positions, input_ids_NT.size // num_groups)
+        slot = np.arange(len(group)) - np.searchsorted(group, np.arange(num_groups))[group]
+        batch = {
+            "input_ids": input_ids_NT,
+            "attention_mask": attention_mask_NT,
+            "label_positions": np.zeros((num_groups, K), np.int32),
+            "labels": np.zeros((num_groups, K), np.int32),
+            "label_weights": np.zeros((num_groups, K), np.float32),
+        }
+        for name, values in (("label_positions", position), ("labels", labels), ("label_weights", 1)):
+            batch[name][group, slot] = values
+            batch[name] = batch[name].reshape(-1)
+        return batch
+
+    def select(self, rows, input_ids_NT, uniforms_NT, is_real_N) -> tuple[np.ndarray, np.ndarray]:
+        """Select positions to predict; also say which positions begin a unit (a token, or a word): two bool [N, T]."""
+        maskable_NT = ~self.is_special_V[input_ids_NT] & is_real_N[:, None]
+        if "word_starts" not in rows:
+            return np.ones_like(maskable_NT), (uniforms_NT < self.mlm_probability) & maskable_NT
+        starts_word_NT = rows["word_starts"].astype(bool)
+        starts_word_NT[:, 0] = True  # a word cut by the row's border
+        start_NT = np.maximum.accumulate(np.where(starts_word_NT, np.arange(starts_word_NT.shape[1]), 0), axis=1)
+        word_uniforms_NT = np.take_along_axis(uniforms_NT, start_NT, axis=1)
+        return starts_word_NT, (word_uniforms_NT < self.mlm_probability) & maskable_NT
+
+    @staticmethod
+    def within_capacity(selected_NT, starts_word_NT, num_groups: int, K: int) -> np.ndarray:
+        """Deselect whole units, spread over the group, where a group has more than K positions (hardly ever)."""
+        selected = selected_NT.reshape(num_groups, -1)
+        for group in np.flatnonzero(selected.sum(axis=1) > K):
+            unit = np.cumsum(starts_word_NT.reshape(num_groups, -1)[group])
+            sizes = np.bincount(unit, weights=selected[group])
+            order = np.argsort(np.arange(len(sizes)) * 0.6180339887498949 % 1)  # a fixed, evenly spread order
+            keep = np.zeros(len(sizes), bool)
+            keep[order] = np.cumsum(sizes[order]) <= K
+            selected[group] &= keep[unit]
+        return selected
+
+
+def count_tokens(batch: Mapping[str, np.ndarray]) -> int:
+    """Tokens that the model reads in a batch, padding left out: what "tokens per second" counts."""
+    return int(batch["attention_mask"].sum())
+
+
+# The Flax classes of this objective, by configuration class.
+FLAX_MODELS = FLAX_MODEL_FOR_MASKED_LM_MAPPING
+
+
+def load_model(config: PretrainedConfig, model_args: ModelArguments, **kwargs) -> FlaxPreTrainedModel:
+    """Build the model; with `model_name_or_path` it comes with weights: (model, params)."""
+    if model_args.model_name_or_path:
+        return FlaxAutoModelForMaskedLM.from_pretrained(model_args.model_name_or_path, config=config, **kwargs)
+    return FlaxAutoModelForMaskedLM.from_config(config, **kwargs)
+
+
+# The module that turns hidden states into scores of the vocabulary, by the name it has in the Flax classes.
+VOCABULARY_HEADS = ("lm_head", "predictions", "vocab_projector", "generator_lm_head")
+
+
+def labelled_positions_only(positions_K: jax.Array):
+    """Within this context a model's vocabulary head sees only the hidden states at flat positions into B * T.
+
+    The scores then are [1, K, V] instead of [B, T, V]. No model class is edited: flax calls the interceptor for every module.
+    """
+
+    def interceptor(next_fun, args, kwargs, context):
+        if context.module.name in VOCABULARY_HEADS and context.method_name == "__call__":
+            hidden_BTH = args[0]
+            hidden_1KH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])[positions_K][None]
+            return next_fun(hidden_1KH, *args[1:], **kwargs)
+        return next_fun(*args, **kwargs)
+
+    return nn.intercept_methods(interceptor)
+
+
+def loss_fn(
+    params, batch: Mapping[str, jax.Array], dropout_rng: jax.Array, model: FlaxPreTrainedModel, train: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Sum of the cross-entropies at the labelled positions of one device's rows, in float32.
+
+    Returns:
+        The sum, and {"weight": number of labels, "correct": labels that score highest}; all scalars, to be summed over
+        micro-batches and devices before the division.
+    """
+    with labelled_positions_only(batch["label_positions"]):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = model(**inputs, params=params, dropout_rng=dropout_rng, train=train)[0]
+    if logits.shape[:-1] != (1, len(batch["labels"])):  # [B, T, V]: the head has another name
+        log_once("The vocabulary head of %s is not known here: it scores all positions, which is slower.", type(model).__name__)
+        logits = logits.reshape(-1, logits.shape[-1])[batch["label_positions"]]
+    logits_KV = logits.reshape(-1, logits.shape[-1]).astype(jnp.float32)
+    losses_K = optax.softmax_cross_entropy_with_integer_labels(logits_KV, batch["labels"])
+    correct_K = logits_KV.argmax(-1) == batch["labels"]
+    weights_K = batch["label_weights"]
+    return (losses_K * weights_K).sum(), {"weight": weights_K.sum(), "correct": (correct_K * weights_K).sum()}
+
+
+def eval_metrics(totals: Mapping[str, float]) -> dict[str, float]:
+    """Evaluation results from the sums over all labels: loss (nats per label), accuracy, perplexity."""
+    loss = totals["loss"] / max(totals["weight"], 1)
+    accuracy = totals["correct"] / max(totals["weight"], 1)
+    return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_perplexity": float(np.exp(loss))}
+
+
+# ---- Steps ---------------------------------------------------------------------------------------------------------------
+
+
+class TrainState(NamedTuple):
+    """What an update changes; the same on every device. `step` counts completed updates (int32 scalar)."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def create_train_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+    """State before the first update; it takes over the buffers of `params`, which training donates."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def train_step(
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    dropout_rng: jax.Array,
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    learning_rate_fn: optax.Schedule,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update from a batch of [A, ...] micro-batches; runs on each device with its own rows.
+
+    Sums of losses, weights and gradients are added over micro-batches and devices and divided once, so every label counts
+    the same however the rows are spread (metrics: loss per label, its weight, gradient norm before clipping, learning rate).
+    """
+    device_rng = jax.random.fold_in(jax.random.fold_in(dropout_rng, state.step), jax.lax.axis_index("data"))
+
+    def add_micro_batch(sums, indexed_micro_batch):
+        index, micro_batch = indexed_micro_batch
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, aux), grads = grad_fn(state.params, micro_batch, jax.random.fold_in(device_rng, index), train=True)
+        return jax.tree.map(jnp.add, sums, (loss, aux["weight"], grads)), None
+
+    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    num_micro_batches = len(jax.tree.leaves(batch)[0])
+    sums, _ = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(num_micro_batches), batch))
+    loss, weight, grads = jax.lax.psum(sums, "data")
+    grads = jax.tree.map(lambda grad: grad / jnp.maximum(weight, 1), grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = {
+        "loss": loss / jnp.maximum(weight, 1),
+        "weight": weight,
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": learning_rate_fn(state.step),
+    }
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict[str, jax.Array]:
+    """Sums over the labels of one batch: loss, weight, correct."""
+    loss, aux = loss_fn(params, batch, None, train=False)
+    return jax.lax.psum({"loss": loss, **aux}, "data")
+
+
+# ---- Scaffolding: the same in every script -------------------------------------------------------------------------------
+
+
+def fail(message: str) -> NoReturn:
+    """End the program because of a person's mistake: one line, exit status 2."""
+    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, without the advice that libraries print below it."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+@functools.cache
+def log_once(message: str, *args) -> None:
+    logger.warning(message, *args)
+
+
+class ScriptArgumentParser(HfArgumentParser):
+    """HfArgumentParser whose errors are one line, and whose first argument may be a JSON file of arguments.
+
+    Flags after the JSON file override it. Its values are checked as if they stood on the command line.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+    def parse(self, argv: Sequence[str]) -> tuple:
+        argv = list(argv)
+        if argv and argv[0].endswith(".json"):
+            argv[:1] = self.read_json(argv[0])
+        *arguments, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if unknown:
+            fail(f"{unknown[0]}: no such flag; --help lists them all")
+        return tuple(arguments)
+
+    def read_json(self, path: str) -> list[str]:
+        try:
+            values = json.loads(Path(path).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            fail(f"{path}: cannot be read as JSON: {first_line(error)}")
+        if not isinstance(values, dict):
+            fail(f"{path}: must hold one JSON object, of flag names and values")
+        known = {f.name for arguments in self.dataclass_types for f in dataclasses.fields(arguments)}
+        for name in values.keys() - known:
+            fail(f"{path}: '{name}' is no flag of this script; --help lists them all")
+        return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[ModelArguments, DataTrainingArguments, TrainingArguments]:
+    """Read the command line (or its JSON file) and check all that can be checked without loading anything."""
+    parser = ScriptArgumentParser(
+        (ModelArguments, DataTrainingArguments, TrainingArguments), description=__doc__.splitlines()[0]
+    )
+    model_args, data_args, training_args = parser.parse(sys.argv[1:] if argv is None else argv)
+    training_args.output_dir = os.path.expanduser(training_args.output_dir)
+    if not (training_args.do_train or training_args.do_eval):
+        training_args.do_train = training_args.do_eval = True
+    check_arguments(model_args, data_args, training_args)
+    check_objective_arguments(data_args, model_args)
+    return model_args, data_args, training_args
+
+
+# Flag: (lowest, highest legal value, both included).
+LIMITS = {
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "logging_steps": (1, math.inf),
+    "save_steps": (1, math.inf),
+    "eval_steps": (1, math.inf),
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "adam_beta1": (0, math.nextafter(1, 0)),
+    "adam_beta2": (0, math.nextafter(1, 0)),
+    "adam_epsilon": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "num_train_epochs": (math.nextafter(0, 1), math.inf),
+    "warmup_steps": (0, math.inf),
+    "warmup_ratio": (0, 1),
+    "validation_split_percentage": (1, 99),
+    "max_seq_length": (1, math.inf),
+    "preprocessing_num_workers": (1, math.inf),
+    "max_train_samples": (1, math.inf),
+    "max_eval_samples": (1, math.inf),
+    "seed": (0, 2**32 - 1),
+}
+
+
+def check_arguments(model_args: ModelArguments, data_args: DataTrainingArguments, training_args: TrainingArguments) -> None:
+    """All checks of flags, alone and against each other, that need no file content and no model."""
+    for arguments in (model_args, data_args, training_args):
+        for name, value in vars(arguments).items():
+            low, high = LIMITS.get(name, (-math.inf, math.inf))
+            if isinstance(value, (int, float)) and not low <= value <= high:
+                limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                fail(f"--{name} {value}: must be {'more than 0' if 0 < low < 1e-9 else limits}")
+    if training_args.max_steps == 0 or training_args.max_steps < -1:
+        fail(f"--max_steps {training_args.max_steps}: must be at least 1, or -1 to train for --num_train_epochs")
+    if model_args.dtype == "float16":
+        fail("--dtype float16: would need loss scaling, which this script does not do; use bfloat16")
+    check_data_arguments(data_args, training_args.do_train)
+    check_model_arguments(model_args)
+    if os.path.exists(training_args.output_dir) and not os.path.isdir(training_args.output_dir):
+        fail(f"--output_dir {training_args.output_dir}: is a file; name a directory")
+    occupied = os.path.isdir(training_args.output_dir) and os.listdir(training_args.output_dir)
+    if training_args.do_train and occupied and not training_args.overwrite_output_dir:
+        fail(f"--output_dir {training_args.output_dir}: is not empty; name another or add --overwrite_output_dir")
+
+
+def check_data_arguments(data_args: DataTrainingArguments, do_train: bool) -> None:
+    """Is there data, and of a kind that can be read?"""
+    if not (data_args.dataset_name or data_args.train_file or data_args.validation_file):
+        fail("no data: give --dataset_name, or --train_file (and --validation_file)")
+    if do_train and not (data_args.dataset_name or data_args.train_file):
+        fail("--do_train: needs --train_file or --dataset_name")
+    for name in ("train_file", "validation_file"):
+        if getattr(data_args, name):
+            check_text_file(getattr(data_args, name), f"--{name}")
+    for name in ("train_ref_file", "validation_ref_file"):
+        if getattr(data_args, name, None) and not os.path.isfile(getattr(data_args, name)):
+            fail(f"--{name} {getattr(data_args, name)}: no such file")
+
+
+def check_model_arguments(model_args: ModelArguments) -> None:
+    """Is it said which model, and which tokenizer?"""
+    if not (model_args.config_name or model_args.model_name_or_path or model_args.model_type):
+        fail("no model: give --config_name, --model_type or --model_name_or_path")
+    if not (model_args.tokenizer_name or model_args.model_name_or_path):
+        fail("no tokenizer: give --tokenizer_name (prepare_model_dir.py trains one) or --model_name_or_path")
+    if model_args.model_type and model_args.model_type not in CONFIG_MAPPING:
+        fail(f"--model_type {model_args.model_type}: unknown; {supported_model_types()}")
+    if model_args.config_overrides and model_args.model_name_or_path:
+        fail("--config_overrides: changes fresh models only; the weights of --model_name_or_path fix the configuration")
+
+
+DATA_LOADERS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+
+
+def data_loader_of(path: str) -> str | None:
+    """Name of the `datasets` loader for a file, by its suffix; a compression suffix counts as none."""
+    name = os.path.basename(path)
+    for compression in (".gz", ".bz2", ".xz"):
+        name = name.removesuffix(compression)
+    return DATA_LOADERS.get(name.rpartition(".")[2])
+
+
+def check_text_file(path: str, flag: str) -> None:
+    if data_loader_of(path) is None:
+        fail(f"{flag} {path}: unknown suffix; use {', '.join(DATA_LOADERS)}, or one of these with .gz, .bz2 or .xz")
+    if not os.path.isfile(path):
+        fail(f"{flag} {path}: no such file")
+    if os.path.getsize(path) == 0:
+        fail(f"{flag} {path}: is empty")
+
+
+REFERENCE_COLUMN = "word_references"  # from train_ref_file and validation_ref_file
+
+
+def load_raw_datasets(
+    data_args: DataTrainingArguments, model_args: ModelArguments, training_args: TrainingArguments
+) -> dict[str, datasets.Dataset]:
+    """Load the splits that this run needs: "train", "validation" or both.
+
+    Where the data has no validation split, `validation_split_percentage` of the training rows are drawn with the seed, also
+    without do_eval: so a later evaluation of the same data meets rows that were never trained on.
+    """
+    if data_args.dataset_name:
+        splits = load_named_dataset(data_args, model_args)
+    else:
+        splits = {}
+        for split in ("train", "validation"):
+            path = getattr(data_args, f"{split}_file")
+            if path:
+                splits[split] = load_text_file(path, f"--{split}_file", model_args.cache_dir)
+                reference_file = getattr(data_args, f"{split}_ref_file", None)
+                if reference_file:
+                    splits[split] = add_word_references(splits[split], reference_file, data_args.text_column_name)
+    if "validation" not in splits:
+        splits |= draw_validation_split(splits["train"], data_args.validation_split_percentage, training_args.seed)
+    wanted = ["train"] * training_args.do_train + ["validation"] * training_args.do_eval
+    for split in wanted:
+        if len(splits[split]) == 0:
+            fail(f"the {split} data is empty: {data_args.dataset_name or getattr(data_args, f'{split}_file')} has no rows")
+    return {split: splits[split] for split in wanted}
+
+
+def load_text_file(path: str, flag: str, cache_dir: str | None) -> datasets.Dataset:
+    """Read one local file with the loader of its suffix."""
+    try:
+        return datasets.load_dataset(data_loader_of(path), data_files=path, split="train", cache_dir=cache_dir)
+    except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError, ValueError) as error:
+        fail(f"{flag} {path}: cannot be read as {data_loader_of(path)}: {first_line(error.__cause__ or error)}")
+
+
+def load_named_dataset(data_args: DataTrainingArguments, model_args: ModelArguments) -> dict[str, datasets.Dataset]:
+    """Load a dataset of the Hub, or of a local directory."""
+    name = data_args.dataset_name
+    try:
+        if os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json")):
+            loaded = datasets.load_from_disk(name)
+        else:
+            logger.info("Loading dataset %s", name)
+            loaded = datasets.load_dataset(
+                name, data_args.dataset_config_name, cache_dir=model_args.cache_dir, token=model_args.token
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        fail(f"--dataset_name {name}: cannot be loaded: {first_line(error)}")
+    splits = dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
+    if "train" not in splits and "validation" not in splits:
+        fail(f"--dataset_name {name}: has neither a train nor a validation split, only {', '.join(splits)}")
+    return splits
+
+
+def draw_validation_split(dataset: datasets.Dataset, percentage: int, seed: int) -> dict[str, datasets.Dataset]:
+    """Hold out `percentage` of the rows at random; both parts keep the order of the data, so texts stay in one piece."""
+    if len(dataset) < 2:
+        fail(f"the training data has {len(dataset)} row(s), too few to hold some out; give --validation_file")
+    num_held_out = min(max(1, round(len(dataset) * percentage / 100)), len(dataset) - 1)
+    held_out = np.zeros(len(dataset), bool)
+    held_out[host_rng(seed, "validation split").choice(len(dataset), num_held_out, replace=False)] = True
+    return {"train": dataset.select(np.flatnonzero(~held_out)), "validation": dataset.select(np.flatnonzero(held_out))}
+
+
+def find_text_column(dataset: datasets.Dataset, text_column_name: str | None) -> str:
+    """The column named, else "text", else the first one that holds strings."""
+    text_columns = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", "") in TEXT_TYPES]
+    if text_column_name is not None:
+        if text_column_name not in text_columns:
+            fail(f"--text_column_name {text_column_name}: the data has no such text column, only {dataset.column_names}")
+        return text_column_name
+    if not text_columns:
+        fail(f"the data has no text column, only {dataset.column_names}; name one with --text_column_name")
+    return "text" if "text" in text_columns else text_columns[0]
+
+
+TEXT_TYPES = ("string", "large_string")
+
+
+def add_word_references(dataset: datasets.Dataset, path: str, text_column_name: str | None) -> datasets.Dataset:
+    """Add the word references of a file, one JSON list for every row, or for every row that is not blank."""
+    texts = dataset[find_text_column(dataset, text_column_name)]
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+        references = [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        fail(f"{path}: is not one JSON list per line: {first_line(error)}")
+    blank = [not text or text.isspace() for text in texts]
+    if len(references) == len(blank) - sum(blank):
+        remaining = iter(references)
+        references = [[] if is_blank else next(remaining) for is_blank in blank]
+    if len(references) != len(blank):
+        fail(f"{path}: has {len(references)} word references for {len(blank)} rows ({sum(blank)} of them blank)")
+    return dataset.add_column(REFERENCE_COLUMN, references)
+
+
+def set_up_logging() -> None:
+    """One format for all messages; libraries only from warnings up."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logger.setLevel(logging.INFO)
+    # Said at every start; requirements.txt pins the release for that reason and the README explains it.
+    flax_logger = logging.getLogger("transformers.modeling_flax_utils")
+    flax_logger.addFilter(lambda record: "classes are deprecated" not in record.getMessage())
+
+
+def supported_model_types() -> str:
+    """A sentence listing the model types of this script's objective."""
+    return "supported are " + ", ".join(config_class.model_type for config_class in FLAX_MODELS)
+
+
+def load_config(model_args: ModelArguments) -> PretrainedConfig:
+    """The configuration to build the model from, with `config_overrides` applied to a fresh one."""
+    source = model_args.config_name or model_args.model_name_or_path
+    if source is None:
+        logger.warning("Fresh weights in the default configuration of %s.", model_args.model_type)
+        config = CONFIG_MAPPING[model_args.model_type]()
+    else:
+        options = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=model_args.trust_remote_code, **options)
+        except (OSError, ValueError, KeyError) as error:
+            flag = "--config_name" if model_args.config_name else "--model_name_or_path"
+            fail(f"{flag} {source}: no configuration can be loaded: {first_line(error)}")
+    if type(config) not in FLAX_MODELS and not model_args.trust_remote_code:
+        fail(f"model type {config.model_type}: has no Flax class for this objective; {supported_model_types()}")
+    if model_args.config_overrides:
+        apply_config_overrides(config, model_args.config_overrides)
+    return config
+
+
+def apply_config_overrides(config: PretrainedConfig, overrides: str) -> None:
+    """Set fields of a configuration from "key=value,key=value"; a value must fit the type that the field has now."""
+    fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    changed = []
+    for override in filter(None, (part.strip() for part in overrides.split(","))):
+        key, equals, text = override.partition("=")
+        name = config.attribute_map.get(key, key)
+        if not equals:
+            fail(f"--config_overrides {override}: write key=value")
+        if name not in fields:
+            fail(f"--config_overrides {key}: is no field of a {config.model_type} configuration")
+        try:
+            setattr(config, name, parse_as(type(fields[name]), text))
+        except ValueError as error:
+            fail(f"--config_overrides {override}: {key} {error}")
+        changed.append(config.attribute_map.get(name, name))
+    heads = config.attribute_map.get("num_attention_heads", "num_attention_heads")
+    hidden_size, num_heads = getattr(config, "hidden_size", 0), getattr(config, heads, 1)
+    if "num_attention_heads" not in changed and heads not in changed and hidden_size % num_heads:
+        setattr(config, heads, max(1, hidden_size // 64))
+        logger.info("%s=%d: heads of 64 fit a hidden size of %d.", heads, getattr(config, heads), hidden_size)
+
+
+def parse_as(kind: type, text: str) -> Any:
+    """Read `text` as a value of type `kind`; a field that is None takes a number, a truth value or text."""
+    truth = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if kind is bool:
+        if text.lower() not in truth:
+            raise ValueError("takes true or false")
+        return truth[text.lower()]
+    if kind is int or kind is float:
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError("takes a whole number" if kind is int else "takes a number") from None
+    if kind is type(None):
+        try:
+            return json.loads(text.lower() if text.lower() in ("true", "false", "none") else text)
+        except ValueError:
+            return text
+    if kind is not str:
+        raise ValueError(f"is a {kind.__name__}, which cannot be set here; edit the config.json")
+    return text
+
+
+def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer named, or the one beside the weights."""
+    source = model_args.tokenizer_name or model_args.model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(
+            source,
+            cache_dir=model_args.cache_dir,
+            use_fast=model_args.use_fast_tokenizer,
+            token=model_args.token,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        flag = "--tokenizer_name" if model_args.tokenizer_name else "--model_name_or_path"
+        fail(f"{flag} {source}: no tokenizer can be loaded: {first_line(error)}")
+
+
+def match_config_and_tokenizer(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments
+) -> None:
+    """Every token id needs an embedding (else it reads NaN), and a fresh model the tokenizer's special ids."""
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    if num_ids > config.vocab_size:
+        remedy = "use the tokenizer these weights were trained with"
+        if not model_args.model_name_or_path:
+            remedy = f"add --config_overrides vocab_size={64 * math.ceil(num_ids / 64)}"
+        fail(f"the tokenizer has ids up to {num_ids - 1}, the model embeds only {config.vocab_size}: {remedy}")
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        token_id = getattr(tokenizer, name)
+        if token_id is None or token_id == getattr(config, name, None):
+            continue
+        if model_args.model_name_or_path:
+            logger.warning("The tokenizer's %s is %d, the model's %s.", name, token_id, getattr(config, name, None))
+        else:
+            setattr(config, name, token_id)
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Longest row the position table takes; None if there is no table."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and "roberta" in config.model_type:
+        return limit - config.pad_token_id - 1  # RoBERTa counts positions from pad_token_id + 1
+    return limit
+
+
+def choose_row_length(asked: int | None, flag: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens per row: what is asked for if the model can take it, else the limit of tokenizer and model, at most 1024."""
+    limit = max_positions(config)
+    if asked is None:
+        return min(tokenizer.model_max_length, limit or 1024, 1024)
+    if limit is not None and asked > limit:
+        fail(f"{flag} {asked}: the model has positions for {limit} tokens; lower it, or train a model with more")
+    if asked > tokenizer.model_max_length:
+        logger.warning("%s %d is cut to the tokenizer's limit, %d.", flag, asked, tokenizer.model_max_length)
+    return min(asked, tokenizer.model_max_length)
+
+
+# Columns of token ids and the like, each [rows, T], by name.
+TokenRows = dict[str, np.ndarray]
+
+
+def token_chunks(tokenized: datasets.Dataset, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Arrow's own buffers, chunk by chunk: all tokens of the chunk's texts end to end, and the number in each text."""
+    for chunk in tokenized.data.column(column).chunks:
+        yield chunk.flatten().to_numpy(), chunk.value_lengths().to_numpy()
+
+
+def disk_array(shape: tuple[int, ...], cache_dir: str | None) -> np.ndarray:
+    """An int32 array in an unnamed file: not held in memory, shared with nobody, gone when the program ends."""
+    directory = cache_dir or datasets.config.HF_DATASETS_CACHE
+    os.makedirs(directory, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory) as file:
+        return np.memmap(file, np.int32, "w+", shape=shape)
+
+
+def cut_rows(tokenized: datasets.Dataset, fill: Mapping[str, int], row_length: int, cache_dir: str | None) -> TokenRows:
+    """Join all texts and cut them into rows of `row_length`; the last row is padded with `fill[column]`.
+
+    Nothing is lost between `Dataset.map` batches, and the rows do not depend on the number of processes.
+    """
+    rows = {}
+    for column, padding in fill.items():
+        num_tokens = sum(len(values) for values, _ in token_chunks(tokenized, column))
+        rows[column] = disk_array((max(1, math.ceil(num_tokens / row_length)), row_length), cache_dir)
+        flat, end = rows[column].reshape(-1), 0
+        for values, _ in token_chunks(tokenized, column):
+            flat[end : end + len(values)] = values
+            end += len(values)
+        flat[end:] = padding
+    return rows
+
+
+def pad_rows(
+    tokenized: datasets.Dataset, fill: Mapping[str, int], max_length: int, pad_to: int | None, cache_dir: str | None
+) -> TokenRows:
+    """One row per text, padded with `fill[column]` to `pad_to`, or to the longest text rounded up to a multiple of 16.
+
+    All rows have one length, so that there is one shape to compile; it is never more than `max_length`.
+    """
+    rows = {}
+    for column, padding in fill.items():
+        longest = max((lengths.max(initial=1) for _, lengths in token_chunks(tokenized, column)), default=1)
+        row_length = pad_to or min(16 * math.ceil(longest / 16), max_length)
+        rows[column] = disk_array((max(1, len(tokenized)), row_length), cache_dir)
+        rows[column][:] = padding
+        first = 0
+        for values, lengths in token_chunks(tokenized, column):
+            part = rows[column][first : first + len(lengths)]
+            part[np.arange(row_length) < lengths[:, None]] = values
+            first += len(lengths)
+    return rows
+
+
+def limit_rows(rows: Mapping[str, TokenRows], data_args: DataTrainingArguments) -> dict[str, TokenRows]:
+    """Apply max_train_samples and max_eval_samples."""
+    limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
+    return {split: {name: array[: limits[split]] for name, array in columns.items()} for split, columns in rows.items()}
+
+
+# Everything random follows from the seed and a name, so that nothing depends on what was drawn before.
+
+
+def seed_sequence(seed: int, *stream: str | int) -> np.random.SeedSequence:
+    spawn_key = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in stream]
+    return np.random.SeedSequence(seed, spawn_key=spawn_key)
+
+
+def host_rng(seed: int, *stream: str | int) -> np.random.Generator:
+    """The NumPy generator of a named stream, such as ("order", epoch)."""
+    return np.random.Generator(np.random.PCG64(seed_sequence(seed, *stream)))
+
+
+def device_rng(seed: int, stream: str) -> jax.Array:
+    """The JAX key of a named stream."""
+    return jax.random.PRNGKey(seed_sequence(seed, stream).generate_state(1)[0])
+
+
+def row_uniforms(seed: int, stream: tuple, first_row: int, num_rows: int, draws_per_row: int) -> np.ndarray:
+    """Uniform numbers of rows `first_row` to `first_row + num_rows` of a stream: float64 [num_rows, draws_per_row].
+
+    A row's numbers do not depend on which rows are drawn with it, hence not on batch sizes, devices or processes.
+    """
+    bits = np.random.PCG64(seed_sequence(seed, *stream))
+    bits.advance(first_row * draws_per_row)
+    return np.random.Generator(bits).random((num_rows, draws_per_row))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes that follow from flags, data and devices. "Rows" are rows of tokens; "local" means of this process."""
+
+    num_local_devices: int
+    num_processes: int
+    process_index: int
+    train_batch_size: int  # rows in one update, all processes
+    eval_batch_size: int
+    num_micro_batches: int
+    steps_per_epoch: int
+    num_steps: int
+    num_warmup_steps: int
+
+    def local_rows(self, batch_size: int) -> slice:
+        """Which rows of a batch this process prepares."""
+        size = batch_size // self.num_processes
+        return slice(self.process_index * size, (self.process_index + 1) * size)
+
+
+def make_plan(training_args: TrainingArguments, num_train_rows: int, row_length: int) -> Plan:
+    """Work out batch sizes and numbers of steps, and refuse what cannot train."""
+    train_batch_size = training_args.per_device_train_batch_size * jax.device_count()
+    steps_per_epoch = num_train_rows // train_batch_size
+    num_steps = num_warmup_steps = 0
+    if training_args.do_train:
+        if steps_per_epoch == 0:
+            fail(
+                f"the training data gives {num_train_rows} rows of {row_length} tokens, fewer than one batch of"
+                f" {train_batch_size}: lower --per_device_train_batch_size or the row length, or give more text"
+            )
+        num_steps = math.ceil(training_args.num_train_epochs * steps_per_epoch)
+        if training_args.max_steps > 0:
+            num_steps = training_args.max_steps
+        num_warmup_steps = training_args.warmup_steps or math.ceil(training_args.warmup_ratio * num_steps)
+        if num_warmup_steps >= num_steps:
+            flag = "--warmup_steps" if training_args.warmup_steps else "--warmup_ratio"
+            fail(f"{flag}: a warmup of {num_warmup_steps} steps does not fit into {num_steps} steps of training")
+    return Plan(
+        num_local_devices=jax.local_device_count(),
+        num_processes=jax.process_count(),
+        process_index=jax.process_index(),
+        train_batch_size=train_batch_size,
+        eval_batch_size=training_args.per_device_eval_batch_size * jax.device_count(),
+        num_micro_batches=1,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        num_warmup_steps=num_warmup_steps,
+    )
+
+
+def train_batches(rows: TokenRows, collator: Callable, plan: Plan, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """This process's part of every training batch, as arrays [A, ...]; each epoch in a new order, its remainder left out."""
+    local, epoch_of_order = plan.local_rows(plan.train_batch_size), None
+    for step in range(plan.num_steps):
+        epoch, index = divmod(step, plan.steps_per_epoch)
+        if epoch != epoch_of_order:
+            order, epoch_of_order = host_rng(seed, "order", epoch).permutation(len(rows["input_ids"])), epoch
+        chosen = order[index * plan.train_batch_size :][local]
+        uniforms = row_uniforms(seed, ("noise", step), local.start, len(chosen), collator.draws_per_row)
+        batch = collator(
+            {name: np.asarray(array[chosen]) for name, array in rows.items()},
+            uniforms,
+            np.ones(len(chosen), bool),
+            plan.num_micro_batches * plan.num_local_devices,
+        )
+        yield {name: array.reshape(plan.num_micro_batches, -1, *array.shape[1:]) for name, array in batch.items()}
+
+
+def eval_batches(rows: TokenRows, collator: Callable, plan: Plan, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """This process's part of every evaluation batch, in order; all rows, each with the same noise at every evaluation."""
+    num_rows = len(rows["input_ids"])
+    local = plan.local_rows(plan.eval_batch_size)
+    for first in range(0, num_rows, plan.eval_batch_size):
+        chosen = np.arange(first + local.start, first + local.stop)
+        uniforms = row_uniforms(seed, ("evaluation noise",), chosen[0], len(chosen), collator.draws_per_row)
+        yield collator(
+            {name: np.asarray(array[np.minimum(chosen, num_rows - 1)]) for name, array in rows.items()},
+            uniforms,
+            chosen < num_rows,
+            plan.num_local_devices,
+        )
+
+
+def put_on_devices(
+    batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, spec: PartitionSpec
+) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """Copy batches to the devices, in a background thread, and count their tokens (of this process, without padding)."""
+    sharding = NamedSharding(mesh, spec)
+
+    def put(batch):
+        arrays = {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+        return arrays, count_tokens(batch)
+
+    return prefetch(map(put, batches))
+
+
+def prefetch(items: Iterable, depth: int = 2) -> Iterator:
+    """Iterate in a background thread that is up to `depth` items ahead. Its exceptions surface here, at once."""
+    ready: queue.Queue = queue.Queue(depth)
+    errors: list[BaseException] = []
+    stopped, finished = threading.Event(), threading.Event()
+
+    def work():
+        try:
+            for item in items:
+                while not stopped.is_set():
+                    try:
+                        ready.put(item, timeout=0.1)
+                        break
+                    except queue.Full:
+                        continue
+                if stopped.is_set():
+                    return
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            finished.set()
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while not errors:
+            try:
+                yield ready.get(timeout=0.1)
+            except queue.Empty:
+                if finished.is_set() and ready.empty():
+                    break
+        if errors:
+            raise errors[0]
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def load_params(config: PretrainedConfig, model_args: ModelArguments, training_args: TrainingArguments, mesh: Mesh):
+    """Build the model and its float32 weights, the same on every device of the mesh: (model, params)."""
+    options = {"dtype": jnp.dtype(model_args.dtype), "_do_init": False}
+    source, params = model_args.model_name_or_path, None
+    try:
+        if source:
+            logger.info("Loading weights from %s", source)
+            options |= {"cache_dir": model_args.cache_dir, "token": model_args.token}
+            model, params = load_model(config, model_args, trust_remote_code=model_args.trust_remote_code, **options)
+            config.torch_dtype = "float32"  # what is trained and saved here, whatever the checkpoint was stored in
+        else:
+            model = load_model(config, model_args, **options)
+    except (OSError, ValueError, ZeroDivisionError) as error:
+        fail(f"{f'--model_name_or_path {source}' if source else 'the configuration'}: no model: {first_line(error)}")
+    if training_args.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+
+    def initialize(rng, params):  # with weights: draws only those that the checkpoint lacks
+        params = unfreeze(model.init_weights(rng, model.input_shape, params))
+        return jax.tree.map(lambda array: array.astype(jnp.float32), params)
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return model, jax.jit(initialize, out_shardings=replicated)(device_rng(training_args.seed, "weights"), params)
+
+
+def enable_gradient_checkpointing(model: FlaxPreTrainedModel) -> None:
+    """Recompute activations in the backward pass, where the model class can."""
+    try:
+        model.enable_gradient_checkpointing()
+    except NotImplementedError:
+        able = [
+            config_class.model_type
+            for config_class, model_class in FLAX_MODELS.items()
+            if model_class.enable_gradient_checkpointing is not FlaxPreTrainedModel.enable_gradient_checkpointing
+        ]
+        fail(f"--gradient_checkpointing: not implemented for {model.config.model_type}, only for {', '.join(able)}")
+
+
+def make_learning_rate(training_args: TrainingArguments, plan: Plan) -> optax.Schedule:
+    """Linear warmup from 0, then the decay of `lr_scheduler_type` to 0 at the last step.
+
+    Update s (from 0) gets lr * s / warmup steps, so the first of a warmup changes nothing: as in the original scripts.
+    """
+    peak, num_decay_steps = training_args.learning_rate, plan.num_steps - plan.num_warmup_steps
+    decay = {
+        "linear": optax.linear_schedule(peak, 0.0, num_decay_steps),
+        "cosine": optax.cosine_decay_schedule(peak, num_decay_steps),
+        "constant": optax.constant_schedule(peak),
+    }[training_args.lr_scheduler_type]
+    warmup = optax.linear_schedule(0.0, peak, plan.num_warmup_steps)
+    return optax.join_schedules([warmup, decay], [plan.num_warmup_steps]) if plan.num_warmup_steps else decay
+
+
+def decay_mask(params) -> Any:
+    """Which arrays weight decay applies to: matrices and embeddings, not biases and norms (all of rank 1)."""
+    return path_aware_map(lambda path, array: array.ndim >= 2 and path[-1] != "final_logits_bias", params)
+
+
+def make_optimizer(training_args: TrainingArguments, learning_rate_fn: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019) or Adafactor (Shazeer & Stern 2018), clipped to `max_grad_norm` if that is set.
+
+    Adafactor's decay is decoupled and follows the learning rate, as AdamW's does; optax's own would not.
+    """
+    if training_args.adafactor:
+        optimizer = optax.chain(
+            optax.adafactor(learning_rate=None),
+            optax.add_decayed_weights(-training_args.weight_decay, mask=decay_mask),
+            optax.scale_by_schedule(learning_rate_fn),
+        )
+    else:
+        optimizer = optax.adamw(
+            learning_rate_fn,
+            b1=training_args.adam_beta1,
+            b2=training_args.adam_beta2,
+            eps=training_args.adam_epsilon,
+            weight_decay=training_args.weight_decay,
+            mask=decay_mask,
+        )
+    if training_args.max_grad_norm > 0:
+        return optax.chain(optax.clip_by_global_norm(training_args.max_grad_norm), optimizer)
+    return optimizer
+
+
+class CompiledStep:
+    """A step as one program over all devices of the mesh, compiled at its first call, which says so."""
+
+    def __init__(self, name: str, step_fn: Callable, mesh: Mesh, in_specs: tuple, donate_argnums: tuple = ()):
+        sharded = jax.shard_map(step_fn, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)
+        self.name, self.jitted, self.compiled = name, jax.jit(sharded, donate_argnums=donate_argnums), None
+
+    def compile(self, *args) -> None:
+        start = time.monotonic()
+        logger.info("Compiling the %s step ...", self.name)
+        self.compiled = self.jitted.lower(*args).compile()
+        logger.info("Compiled the %s step in %.1f s", self.name, time.monotonic() - start)
+
+    def __call__(self, *args):
+        if self.compiled is None:
+            self.compile(*args)
+        return self.compiled(*args)
+
+
+class Stopwatch:
+    """Seconds spent training: runs between `start` and `stop`, so compiling, evaluating and saving don't count."""
+
+    def __init__(self):
+        self.total, self.started = 0.0, None
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+
+    def stop(self) -> None:
+        self.total, self.started = self.seconds(), None
+
+    def seconds(self) -> float:
+        return self.total + (0.0 if self.started is None else time.monotonic() - self.started)
+
+
+class TrainingLog:
+    """Log line, progress bar and TensorBoard points of the training steps.
+
+    The metrics of a step are fetched when the next one has been dispatched, so that the devices never wait for the log.
+    """
+
+    def __init__(self, training_args: TrainingArguments, plan: Plan, writer: Writer | None, stopwatch: Stopwatch):
+        self.args, self.plan, self.writer, self.stopwatch = training_args, plan, writer, stopwatch
+        self.pending: tuple | None = None
+        self.window: list[dict[str, float]] = []
+        self.window_started = 0.0
+        self.loss_sum = self.weight_sum = self.num_tokens = 0.0
+        self.bar = progress_bar(total=plan.num_steps, desc="Training", unit="step")
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array], num_tokens: int) -> None:
+        """Take the metrics of a step that has just been dispatched; write those of the step before."""
+        self.fetch()
+        self.pending = (step, metrics, num_tokens)
+
+    def fetch(self) -> None:
+        """Wait for the last step and write its metrics."""
+        if self.pending is None:
+            return
+        step, metrics, num_tokens = self.pending
+        self.pending = None
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        self.window.append({"step": step, "tokens": num_tokens * self.plan.num_processes, **values})
+        self.bar.update(1)
+        first = step == 1 and self.args.logging_first_step
+        if first or step % self.args.logging_steps == 0 or step == self.plan.num_steps:
+            self.write(step)
+
+    def write(self, step: int) -> None:
+        """Write the window since the last line: means weighted by labels on the log line, every step to TensorBoard."""
+        seconds = self.stopwatch.seconds()
+        loss_sum = sum(point["loss"] * point["weight"] for point in self.window)
+        weight_sum = sum(point["weight"] for point in self.window)
+        num_tokens = sum(point["tokens"] for point in self.window)
+        tokens_per_second = num_tokens / max(seconds - self.window_started, 1e-9)
+        last = self.window[-1]
+        logger.info(
+            "step %d of %d (epoch %.2f): loss %.4f, learning rate %.3g, gradient norm %.3g, %s tokens/s",
+            step, self.plan.num_steps, step / self.plan.steps_per_epoch, loss_sum / max(weight_sum, 1),
+            last["learning_rate"], last["grad_norm"], f"{tokens_per_second:,.0f}",
+        )  # fmt: skip
+        if self.writer:
+            for point in self.window:
+                for name in ("loss", "learning_rate", "grad_norm"):
+                    self.writer.add_scalar(f"train_{name}", point[name], point["step"])
+            self.writer.add_scalar("train_time", seconds, step)
+            self.writer.add_scalar("train_tokens_per_second", tokens_per_second, step)
+            self.writer.flush()
+        self.loss_sum, self.weight_sum = self.loss_sum + loss_sum, self.weight_sum + weight_sum
+        self.num_tokens += num_tokens
+        self.window, self.window_started = [], seconds
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.fetch()
+        self.stopwatch.stop()
+        self.bar.close()
+
+    def results(self, num_train_rows: int) -> dict[str, float]:
+        """train_results.json: totals over the run."""
+        seconds = self.stopwatch.seconds()
+        return {
+            "epoch": self.plan.num_steps / self.plan.steps_per_epoch,
+            "train_loss": self.loss_sum / max(self.weight_sum, 1),
+            "train_runtime": seconds,
+            "train_samples": num_train_rows,
+            "train_steps": self.plan.num_steps,
+            "train_tokens_per_second": self.num_tokens / max(seconds, 1e-9),
+        }
+
+
+def progress_bar(**kwargs) -> tqdm:
+    """A bar on standard error: lively on a terminal, rare lines in a log file, gone when it is done."""
+    return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30.0, dynamic_ncols=True, leave=False, **kwargs)
+
+
+class Evaluator:
+    """Metrics over all evaluation rows: every label counts once, whichever batch it is in."""
+
+    def __init__(
+        self, rows: TokenRows | None, collator: Callable, plan: Plan, seed: int, mesh: Mesh, p_eval_step: CompiledStep
+    ):
+        self.rows, self.collator, self.plan, self.seed, self.mesh, self.p_eval_step = (
+            rows,
+            collator,
+            plan,
+            seed,
+            mesh,
+            p_eval_step,
+        )
+        self.num_batches = math.ceil(len(rows["input_ids"]) / plan.eval_batch_size) if rows else 0
+        self.last: tuple[int, dict[str, float]] | None = None
+
+    def __call__(self, params, step: int, writer: Writer | None) -> dict[str, float]:
+        """Evaluate after `step` updates, unless that is done already; results go to the log and to TensorBoard."""
+        if self.last and self.last[0] == step:
+            return self.last[1]
+        totals: dict[str, float] = {}
+        pending: Mapping[str, jax.Array] = {}
+        batches = eval_batches(self.rows, self.collator, self.plan, self.seed)
+        with progress_bar(total=self.num_batches, desc="Evaluating", unit="batch") as bar:
+            for batch, _ in put_on_devices(batches, self.mesh, PartitionSpec("data")):
+                done, pending = pending, self.p_eval_step(params, batch)
+                totals = add_sums(totals, done)  # fetched one batch late, so that the devices don't wait
+                bar.update(1)
+        metrics = eval_metrics(add_sums(totals, pending))
+        logger.info("evaluation at step %d: %s", step, ", ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items()))
+        if writer:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+        self.last = (step, metrics)
+        return metrics
+
+
+def add_sums(totals: Mapping[str, float], sums: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Add the sums of one batch to those of the batches before, in double precision."""
+    return dict(totals) | {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
+
+
+def train(
+    state: TrainState,
+    batches: Iterable[tuple[dict[str, jax.Array], int]],
+    p_train_step: CompiledStep,
+    dropout_rng: jax.Array,
+    training_args: TrainingArguments,
+    log: TrainingLog,
+    evaluator: Evaluator,
+    save: Callable[[Any], None],
+) -> TrainState:
+    """The training loop. One compiled call per step; then log, evaluate and save, each when it is due."""
+    for step, (batch, num_tokens) in enumerate(batches, start=1):
+        if p_train_step.compiled is None:
+            p_train_step.compile(state, batch, dropout_rng)
+            log.stopwatch.start()
+        state, metrics = p_train_step(state, batch, dropout_rng)
+        log.add(step, metrics, num_tokens)
+        evaluate_now = training_args.do_eval and training_args.eval_steps and step % training_args.eval_steps == 0
+        save_now = step % training_args.save_steps == 0 and step < log.plan.num_steps  # the end is saved by main
+        if evaluate_now or save_now:
+            log.fetch()
+            log.stopwatch.stop()
+            if evaluate_now:
+                evaluator(state.params, step, log.writer)
+            if save_now:
+                save(params=state.params)
+            log.stopwatch.start()
+    log.close()
+    return state
+
+
+def prepare_output_dir(training_args: TrainingArguments) -> None:
+    """Create the output directory; of an earlier run in it, remove what would pass for results of this one."""
+    try:
+        os.makedirs(training_args.output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=training_args.output_dir):
+            pass
+    except OSError as error:
+        fail(f"--output_dir {training_args.output_dir}: cannot be written to: {error.strerror}")
+    stale = ["eval_results.json", "run_info.json"]
+    if training_args.do_train:
+        stale += ["train_results.json", "events.out.tfevents.*"]
+    for pattern in stale:
+        for path in Path(training_args.output_dir).glob(pattern):
+            path.unlink()
+
+
+def save_model(
+    output_dir: str,
+    model: FlaxPreTrainedModel,
+    params,
+    tokenizer: PreTrainedTokenizerBase,
+    save_safetensors: bool,
+) -> None:
+    """Write configuration, tokenizer and weights; each file appears whole or not at all, and replaces the one before."""
+    host_params = jax.device_get(params)
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as staging:
+        tokenizer.save_pretrained(staging)
+        model.save_pretrained(staging, params=host_params)
+        if save_safetensors:
+            save_file(pytorch_state_dict(host_params), os.path.join(staging, "model.safetensors"), metadata={"format": "pt"})
+        for name in sorted(os.listdir(staging)):
+            os.replace(os.path.join(staging, name), os.path.join(output_dir, name))
+
+
+def pytorch_state_dict(params) -> dict[str, np.ndarray]:
+    """Flax weights under PyTorch's names and in its layout: what transformers 5 and PyTorch load."""
+    state = {}
+    for (*module_path, leaf), array in flatten_dict(params).items():
+        array = np.asarray(array)
+        if leaf == "kernel" and array.ndim == 2:
+            array = array.T
+        leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
+        state[".".join((*module_path, leaf))] = np.ascontiguousarray(array)
+    return state
+
+
+def write_json(path: str, values: Mapping[str, Any]) -> None:
+    """Write standard JSON, whole or not at all: what is not a finite number becomes null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(finite, file, indent=4, sort_keys=True, allow_nan=False)
+        file.write("\n")
+    os.replace(f"{path}.tmp", path)
+
+
+def public_arguments(*arguments: Any) -> dict[str, Any]:
+    """All flags of this run except the secret ones, which are those that don't show in a repr."""
+    return {f.name: getattr(part, f.name) for part in arguments for f in dataclasses.fields(part) if f.repr}
+
+
+def run_info(*arguments: Any) -> dict[str, Any]:
+    """What is needed to run this again: arguments, versions, devices, and the commit of this script if it is in git."""
+    script = Path(__file__).resolve()
+    packages = ("transformers", "jax", "jaxlib", "flax", "optax", "datasets", "tokenizers", "numpy")
+    git = ["git", "-C", str(script.parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
+        "script": script.name,
+        "arguments": public_arguments(*arguments),
+        "versions": {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()},
+        "devices": [str(device) for device in jax.devices()],
+        "device_kind": jax.devices()[0].device_kind,
+        "git_commit": commit,
+    }
+
+
+def log_plan(plan: Plan, num_rows: Mapping[str, int], row_length: int, params) -> None:
+    """Say what is about to happen, derived sizes first."""
+    num_params = sum(array.size for array in jax.tree.leaves(params))
+    logger.info(
+        "Model: %s parameters, on %d device(s) of kind %s", f"{num_params:,}", jax.device_count(), jax.devices()[0].device_kind
+    )
+    if plan.num_steps:
+        logger.info(
+            "Training: %s rows of %d tokens, %d rows = %s tokens per step, %d steps (%d per epoch), %d of them warmup",
+            f"{num_rows['train']:,}", row_length, plan.train_batch_size, f"{plan.train_batch_size * row_length:,}",
+            plan.num_steps, plan.steps_per_epoch, plan.num_warmup_steps,
+        )  # fmt: skip
+    if "validation" in num_rows:
+        logger.info("Evaluation: %s rows, %d rows per batch", f"{num_rows['validation']:,}", plan.eval_batch_size)
+
+
+# ---- Main ----------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Train and evaluate as the arguments say (default: the command line); returns the results it also writes."""
+    model_args, data_args, training_args = arguments = parse_arguments(argv)
+    set_up_logging()
+    logger.info("Arguments: %s", public_arguments(*arguments))
+
+    # Text to rows of tokens. Nothing here touches a device, so processes can still be forked.
+    config = load_config(model_args)
+    tokenizer = load_tokenizer(model_args)
+    check_objective_tokenizer(tokenizer, model_args)
+    match_config_and_tokenizer(config, tokenizer, model_args)
+    row_length = choose_row_length(data_args.max_seq_length, "--max_seq_length", config, tokenizer)
+    raw_datasets = load_raw_datasets(data_args, model_args, training_args)
+    rows = limit_rows(tokenize_and_group(raw_datasets, tokenizer, data_args, model_args.cache_dir, row_length), data_args)
+    num_rows = {split: len(columns["input_ids"]) for split, columns in rows.items()}
+
+    # Sizes, weights, and the two compiled programs.
+    plan = make_plan(training_args, num_rows.get("train", 0), row_length)
+    prepare_output_dir(training_args)
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    model, params = load_params(config, model_args, training_args, mesh)
+    log_plan(plan, num_rows, row_length, params)
+    learning_rate_fn = make_learning_rate(training_args, plan)
+    optimizer = make_optimizer(training_args, learning_rate_fn)
+    model_loss_fn = functools.partial(loss_fn, model=model)
+    step_fn = functools.partial(train_step, loss_fn=model_loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)
+    everywhere, per_row, per_micro_batch = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
+    p_train_step = CompiledStep("training", step_fn, mesh, (everywhere, per_micro_batch, everywhere), donate_argnums=(0,))
+    eval_step_fn = functools.partial(eval_step, loss_fn=model_loss_fn)
+    p_eval_step = CompiledStep("evaluation", eval_step_fn, mesh, (everywhere, per_row))
+
+    # Train, save, evaluate.
+    collator = Collator(tokenizer, data_args, row_length)
+    writer = Writer(training_args.output_dir)
+    evaluator = Evaluator(rows.get("validation"), collator, plan, training_args.seed, mesh, p_eval_step)
+    save = functools.partial(
+        save_model, training_args.output_dir, model, tokenizer=tokenizer, save_safetensors=training_args.save_safetensors
+    )
+    results: dict[str, float] = {}
+    write_json(os.path.join(training_args.output_dir, "run_info.json"), run_info(*arguments))
+    with logging_redirect_tqdm():
+        if training_args.do_train:
+            state = create_train_state(params, optimizer)
+            batches = train_batches(rows["train"], collator, plan, training_args.seed)
+            batches = put_on_devices(batches, mesh, per_micro_batch)
+            log = TrainingLog(training_args, plan, writer, Stopwatch())
+            dropout_rng = device_rng(training_args.seed, "dropout")
+            state = train(state, batches, p_train_step, dropout_rng, training_args, log, evaluator, save)
+            params = state.params
+            logger.info("Saving to %s", training_args.output_dir)
+            save(params=params)
+            results |= log.results(num_rows["train"])
+            write_json(os.path.join(training_args.output_dir, "train_results.json"), results)
+        if training_args.do_eval:
+            metrics = evaluator(params, plan.num_steps, writer)
+            write_json(os.path.join(training_args.output_dir, "eval_results.json"), metrics)
+            results |= metrics
+    writer.close()
+    return results
+
+
+if __name__ == "__main__":
+    main()
