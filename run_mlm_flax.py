@@ -25,6 +25,7 @@ import math
 import os
 import platform
 import queue
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -203,6 +204,8 @@ def check_objective_arguments(data_args: DataTrainingArguments, model_args: Mode
             fail(f"--{name}: holds word references, which only --whole_word_mask uses; add that flag or drop this one")
         if getattr(data_args, name) and not getattr(data_args, text_file):
             fail(f"--{name}: refers to the rows of --{text_file}, which is not given")
+        if getattr(data_args, name) and not os.path.isfile(getattr(data_args, name)):
+            fail(f"--{name} {getattr(data_args, name)}: no such file")
 
 
 def check_objective_tokenizer(tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments) -> None:
@@ -245,6 +248,8 @@ def tokenize_and_group(
             load_from_cache_file=not data_args.overwrite_cache,
             desc=f"Tokenising {split}",
         )
+        if len(tokenized) == 0:
+            fail(f"the {split} data holds no text in column {text_column}")
         if data_args.line_by_line:
             pad_to = max_seq_length if data_args.pad_to_max_length else None
             rows[split] = pad_rows(tokenized, columns, max_seq_length, pad_to, cache_dir)
@@ -294,12 +299,18 @@ def find_word_starts(text: str, offsets: Sequence[tuple[int, int]], special_toke
     start, end = np.asarray(offsets, np.int64).reshape(-1, 2).T
     codepoints, inverse = np.unique(np.frombuffer(text.encode("utf-32-le"), np.uint32), return_inverse=True)
     in_word = np.append(np.array([is_word_character(chr(c)) for c in codepoints], bool)[inverse], False)
-    starts = np.ones(len(start), np.int32)
-    previous_end = end[:-1]
-    touches = (start[1:] == previous_end) & in_word[start[1:]] & in_word[previous_end - 1]
-    inside_a_character = start[1:] < previous_end  # byte-level pieces of one character share its offsets
+    is_space = np.array([chr(c).isspace() for c in codepoints], bool)[inverse]
+    num_visible = np.append(0, np.cumsum(~is_space))
+    blank = num_visible[start] == num_visible[end]
     special = np.asarray(special_tokens_mask, bool)
-    starts[1:] = ~((touches | inside_a_character) & ~special[1:] & ~special[:-1])
+
+    previous_end = end[:-1]
+    touches = start[1:] == previous_end
+    same_word = touches & in_word[start[1:]] & in_word[previous_end - 1]
+    after_its_space = touches & blank[:-1] & ~blank[1:]  # some tokenizers have pieces of mere white space
+    same_character = start[1:] < previous_end  # byte-level pieces of one character share its offsets
+    starts = np.ones(len(start), np.int32)
+    starts[1:] = ~((same_word | after_its_space | same_character) & ~special[1:] & ~special[:-1])
     return starts
 
 
@@ -412,7 +423,7 @@ FLAX_MODELS = FLAX_MODEL_FOR_MASKED_LM_MAPPING
 
 
 def load_model(config: PretrainedConfig, model_args: ModelArguments, **kwargs) -> FlaxPreTrainedModel:
-    """Build the model; with `model_name_or_path` it comes with weights: (model, params)."""
+    """Build the model, from `model_name_or_path` if that is given. `kwargs` go to the Flax class."""
     if model_args.model_name_or_path:
         return FlaxAutoModelForMaskedLM.from_pretrained(model_args.model_name_or_path, config=config, **kwargs)
     return FlaxAutoModelForMaskedLM.from_config(config, **kwargs)
@@ -644,9 +655,6 @@ def check_data_arguments(data_args: DataTrainingArguments, do_train: bool) -> No
     for name in ("train_file", "validation_file"):
         if getattr(data_args, name):
             check_text_file(getattr(data_args, name), f"--{name}")
-    for name in ("train_ref_file", "validation_ref_file"):
-        if getattr(data_args, name, None) and not os.path.isfile(getattr(data_args, name)):
-            fail(f"--{name} {getattr(data_args, name)}: no such file")
 
 
 def check_model_arguments(model_args: ModelArguments) -> None:
@@ -942,7 +950,7 @@ def cut_rows(tokenized: datasets.Dataset, fill: Mapping[str, int], row_length: i
     rows = {}
     for column, padding in fill.items():
         num_tokens = sum(len(values) for values, _ in token_chunks(tokenized, column))
-        rows[column] = disk_array((max(1, math.ceil(num_tokens / row_length)), row_length), cache_dir)
+        rows[column] = disk_array((math.ceil(num_tokens / row_length), row_length), cache_dir)
         flat, end = rows[column].reshape(-1), 0
         for values, _ in token_chunks(tokenized, column):
             flat[end : end + len(values)] = values
@@ -962,7 +970,7 @@ def pad_rows(
     for column, padding in fill.items():
         longest = max((lengths.max(initial=1) for _, lengths in token_chunks(tokenized, column)), default=1)
         row_length = pad_to or min(16 * math.ceil(longest / 16), max_length)
-        rows[column] = disk_array((max(1, len(tokenized)), row_length), cache_dir)
+        rows[column] = disk_array((len(tokenized), row_length), cache_dir)
         rows[column][:] = padding
         first = 0
         for values, lengths in token_chunks(tokenized, column):
@@ -1081,7 +1089,7 @@ def eval_batches(rows: TokenRows, collator: Callable, plan: Plan, seed: int) -> 
     local = plan.local_rows(plan.eval_batch_size)
     for first in range(0, num_rows, plan.eval_batch_size):
         chosen = np.arange(first + local.start, first + local.stop)
-        uniforms = row_uniforms(seed, ("evaluation noise",), chosen[0], len(chosen), collator.draws_per_row)
+        uniforms = row_uniforms(seed, ("evaluation noise",), first + local.start, len(chosen), collator.draws_per_row)
         yield collator(
             {name: np.asarray(array[np.minimum(chosen, num_rows - 1)]) for name, array in rows.items()},
             uniforms,
@@ -1143,27 +1151,28 @@ def prefetch(items: Iterable, depth: int = 2) -> Iterator:
 
 def load_params(config: PretrainedConfig, model_args: ModelArguments, training_args: TrainingArguments, mesh: Mesh):
     """Build the model and its float32 weights, the same on every device of the mesh: (model, params)."""
-    options = {"dtype": jnp.dtype(model_args.dtype), "_do_init": False}
-    source, params = model_args.model_name_or_path, None
+    dtype, source, params = jnp.dtype(model_args.dtype), model_args.model_name_or_path, None
     try:
         if source:
             logger.info("Loading weights from %s", source)
-            options |= {"cache_dir": model_args.cache_dir, "token": model_args.token}
-            model, params = load_model(config, model_args, trust_remote_code=model_args.trust_remote_code, **options)
+            options = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+            loaded = load_model(config, model_args, dtype=dtype, trust_remote_code=model_args.trust_remote_code, **options)
+            params, model = loaded.params, type(loaded)(config, dtype=dtype, _do_init=False)  # holds no second copy
+            del loaded
             config.torch_dtype = "float32"  # what is trained and saved here, whatever the checkpoint was stored in
         else:
-            model = load_model(config, model_args, **options)
+            model = load_model(config, model_args, dtype=dtype, _do_init=False)
     except (OSError, ValueError, ZeroDivisionError) as error:
         fail(f"{f'--model_name_or_path {source}' if source else 'the configuration'}: no model: {first_line(error)}")
     if training_args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
 
-    def initialize(rng, params):  # with weights: draws only those that the checkpoint lacks
-        params = unfreeze(model.init_weights(rng, model.input_shape, params))
+    def initialize(rng, params):
+        params = unfreeze(params or model.init_weights(rng, model.input_shape))
         return jax.tree.map(lambda array: array.astype(jnp.float32), params)
 
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return model, jax.jit(initialize, out_shardings=replicated)(device_rng(training_args.seed, "weights"), params)
+    initialize = jax.jit(initialize, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return model, initialize(device_rng(training_args.seed, "weights"), params)
 
 
 def enable_gradient_checkpointing(model: FlaxPreTrainedModel) -> None:
@@ -1185,11 +1194,10 @@ def make_learning_rate(training_args: TrainingArguments, plan: Plan) -> optax.Sc
     Update s (from 0) gets lr * s / warmup steps, so the first of a warmup changes nothing: as in the original scripts.
     """
     peak, num_decay_steps = training_args.learning_rate, plan.num_steps - plan.num_warmup_steps
-    decay = {
-        "linear": optax.linear_schedule(peak, 0.0, num_decay_steps),
-        "cosine": optax.cosine_decay_schedule(peak, num_decay_steps),
-        "constant": optax.constant_schedule(peak),
-    }[training_args.lr_scheduler_type]
+    if training_args.lr_scheduler_type == "cosine":
+        decay = optax.cosine_decay_schedule(peak, num_decay_steps)
+    else:
+        decay = optax.linear_schedule(peak, 0.0 if training_args.lr_scheduler_type == "linear" else peak, num_decay_steps)
     warmup = optax.linear_schedule(0.0, peak, plan.num_warmup_steps)
     return optax.join_schedules([warmup, decay], [plan.num_warmup_steps]) if plan.num_warmup_steps else decay
 
@@ -1443,7 +1451,9 @@ def save_model(
         tokenizer.save_pretrained(staging)
         model.save_pretrained(staging, params=host_params)
         if save_safetensors:
-            save_file(pytorch_state_dict(host_params), os.path.join(staging, "model.safetensors"), metadata={"format": "pt"})
+            path = os.path.join(staging, "model.safetensors")
+            save_file(pytorch_state_dict(host_params), path, metadata={"format": "pt"})
+            shutil.copymode(os.path.join(staging, "config.json"), path)  # safetensors keeps others from reading it
         for name in sorted(os.listdir(staging)):
             os.replace(os.path.join(staging, name), os.path.join(output_dir, name))
 
@@ -1472,6 +1482,12 @@ def write_json(path: str, values: Mapping[str, Any]) -> None:
 def public_arguments(*arguments: Any) -> dict[str, Any]:
     """All flags of this run except the secret ones, which are those that don't show in a repr."""
     return {f.name: getattr(part, f.name) for part in arguments for f in dataclasses.fields(part) if f.repr}
+
+
+def changed_arguments(*arguments: Any) -> str:
+    """The public flags that were set, as one would type them."""
+    defaults = {f.name: f.default for part in arguments for f in dataclasses.fields(part)}
+    return " ".join(f"--{k} {v}" for k, v in public_arguments(*arguments).items() if v != defaults[k])
 
 
 def run_info(*arguments: Any) -> dict[str, Any]:
@@ -1516,7 +1532,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say (default: the command line); returns the results it also writes."""
     model_args, data_args, training_args = arguments = parse_arguments(argv)
     set_up_logging()
-    logger.info("Arguments: %s", public_arguments(*arguments))
+    logger.info("Arguments other than the defaults: %s", changed_arguments(*arguments))
 
     # Text to rows of tokens. Nothing here touches a device, so processes can still be forked.
     config = load_config(model_args)
@@ -1531,15 +1547,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # Sizes, weights, and the two compiled programs.
     plan = make_plan(training_args, num_rows.get("train", 0), row_length)
     prepare_output_dir(training_args)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    mesh = Mesh(np.array(jax.devices()), ("data",))
     model, params = load_params(config, model_args, training_args, mesh)
     log_plan(plan, num_rows, row_length, params)
-    learning_rate_fn = make_learning_rate(training_args, plan)
-    optimizer = make_optimizer(training_args, learning_rate_fn)
     model_loss_fn = functools.partial(loss_fn, model=model)
-    step_fn = functools.partial(train_step, loss_fn=model_loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)
     everywhere, per_row, per_micro_batch = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
-    p_train_step = CompiledStep("training", step_fn, mesh, (everywhere, per_micro_batch, everywhere), donate_argnums=(0,))
     eval_step_fn = functools.partial(eval_step, loss_fn=model_loss_fn)
     p_eval_step = CompiledStep("evaluation", eval_step_fn, mesh, (everywhere, per_row))
 
@@ -1554,6 +1566,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     write_json(os.path.join(training_args.output_dir, "run_info.json"), run_info(*arguments))
     with logging_redirect_tqdm():
         if training_args.do_train:
+            learning_rate_fn = make_learning_rate(training_args, plan)
+            optimizer = make_optimizer(training_args, learning_rate_fn)
+            step_fn = functools.partial(
+                train_step, loss_fn=model_loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn
+            )
+            p_train_step = CompiledStep("training", step_fn, mesh, (everywhere, per_micro_batch, everywhere), (0,))
             state = create_train_state(params, optimizer)
             batches = train_batches(rows["train"], collator, plan, training_args.seed)
             batches = put_on_devices(batches, mesh, per_micro_batch)

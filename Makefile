@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything runs in .venv, made on first use from any Python 3.11 or newer: make PYTHON=python3.12 quickstart
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+BUILD := quickstart/build
+
+.PHONY: quickstart test test-torch bench-vocab-head style check-style clean
+
+$(VENV)/runtime: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/development: requirements-dev.txt $(VENV)/runtime
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# The only dependency not in a requirements file: on Linux the plain name brings gigabytes of CUDA, so the version is fixed.
+$(VENV)/torch: $(VENV)/development
+	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@touch $@
+
+## quickstart: make a corpus, a tokenizer and a model, train it on this machine's CPU, show what it learnt
+quickstart: $(VENV)/runtime
+	$(RUN) quickstart/python_docs_corpus.py --output_dir $(BUILD)/corpus
+	$(RUN) prepare_model_dir.py quickstart/mlm_model.json --overwrite_output_dir
+	$(RUN) run_mlm_flax.py quickstart/mlm.json --overwrite_output_dir
+	$(RUN) quickstart/fill_mask.py --model_dir $(BUILD)/mlm --corpus_dir $(BUILD)/corpus
+
+## test: all tests that need neither an accelerator, nor the internet, nor PyTorch
+test: $(VENV)/development
+	$(RUN) -m pytest
+
+## test-torch: do PyTorch and the Flax model agree on the weights that were saved?
+test-torch: $(VENV)/torch
+	$(RUN) -m pytest -m torch
+
+## bench-vocab-head: a training step with scores at labelled positions only, against scores everywhere
+bench-vocab-head: $(VENV)/runtime
+	$(RUN) benchmarks/vocab_head.py
+
+## style: format and lint
+style: $(VENV)/development
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+check-style: $(VENV)/development
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+clean:
+	rm -rf $(VENV) $(BUILD)

@@ -1,0 +1,599 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Make a model directory from a corpus: train a tokenizer and write the configuration of a fresh model that fits it.
+
+The directory holds no weights; a training script starts from it. These commands work as pasted:
+
+    python quickstart/python_docs_corpus.py --output_dir corpus
+    python prepare_model_dir.py --model_type roberta --train_file corpus/train.txt --vocab_size 8192 \
+        --config_overrides "hidden_size=256,num_hidden_layers=4,intermediate_size=1024" --output_dir my-roberta
+
+The tokenizer puts the model type's special tokens around texts, every id it gives has an embedding, and the model's limit
+of positions is its limit too. Same data, flags and seed give the same files. The last line logged is the command to train.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import shlex
+import sys
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import datasets
+import numpy as np
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    BartTokenizerFast,
+    BertTokenizerFast,
+    GPT2TokenizerFast,
+    HfArgumentParser,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    RobertaTokenizerFast,
+)
+
+logger = logging.getLogger(__name__)
+
+
+# ---- Arguments -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PrepareArguments:
+    """Which text, which kind of model, and where to write."""
+
+    output_dir: str = field(metadata={"help": "Directory for the tokenizer and config.json."})
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Write into a non-empty output_dir, replacing its tokenizer and configuration."},
+    )
+    model_type: str | None = field(
+        default=None, metadata={"help": "roberta, bert, gpt2 or bart. Unset: the type of config_name."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration to start from (Hub id or directory). Unset: the library's default."}
+    )
+    config_overrides: str | None = field(default=None, metadata={"help": "Changes to the configuration: key=value,key=value."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, or a local directory (data files, or written by save_to_disk); train split."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Training text: txt, csv, json, jsonl or parquet, also .gz, .bz2 or .xz."}
+    )
+    text_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the text. Unset: 'text' if there is one, else the first text column."}
+    )
+    max_train_samples: int = field(
+        default=1_000_000,
+        metadata={
+            "help": "Text rows to train the tokenizer on, drawn at random with the seed. All distinct words are held in"
+            " memory, so a whole corpus may not fit, and more rows than a few million change little."
+        },
+    )
+    vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Entries of the tokenizer, special tokens included. Unset: 50265 (gpt2: 50257, bert: 30522)."},
+    )
+    min_frequency: int = field(
+        default=2, metadata={"help": "Pieces are merged into a new entry if they stand together at least so many times."}
+    )
+    lowercase: bool = field(
+        default=False, metadata={"help": "bert: ignore case and accents, as uncased BERT does. Unset: keep both."}
+    )
+    seed: int = field(default=42, metadata={"help": "Draws the max_train_samples rows."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and converted data are kept."})
+    token: str | None = field(
+        default=None, repr=False, metadata={"help": "Hub token for private models and data; never logged or written."}
+    )
+
+
+def read_arguments(argv: Sequence[str] | None) -> PrepareArguments:
+    """Read the command line (or its JSON file) and check all that can be checked without loading anything."""
+    parser = ScriptArgumentParser(PrepareArguments, description=__doc__.splitlines()[0])
+    (args,) = parser.parse(sys.argv[1:] if argv is None else argv)
+    args.output_dir = os.path.expanduser(args.output_dir)
+    if args.model_type is None and args.config_name is None:
+        fail(f"no model: give --model_type ({', '.join(FAMILIES)}) or --config_name")
+    if args.model_type is not None and args.model_type not in FAMILIES:
+        fail(f"--model_type {args.model_type}: not supported; choose {', '.join(FAMILIES)}")
+    if args.train_file and args.dataset_name:
+        fail("--train_file and --dataset_name: give one of them, not both")
+    if not (args.train_file or args.dataset_name):
+        fail("no data: give --train_file or --dataset_name")
+    if args.dataset_config_name and not args.dataset_name:
+        fail("--dataset_config_name: names a part of --dataset_name, which is not given")
+    if args.train_file:
+        check_text_file(args.train_file, "--train_file")
+    for name in ("max_train_samples", "min_frequency", "vocab_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            fail(f"--{name} {value}: must be at least 1")
+    if args.seed < 0:
+        fail(f"--seed {args.seed}: must be at least 0")
+    check_output_dir(args)
+    return args
+
+
+def check_output_dir(args: PrepareArguments) -> None:
+    """Refuse a directory that cannot be used, or whose files are worth more than the run."""
+    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+        fail(f"--output_dir {args.output_dir}: is a file; name a directory")
+    names = sorted(os.listdir(args.output_dir)) if os.path.isdir(args.output_dir) else []
+    if names and not args.overwrite_output_dir:
+        fail(f"--output_dir {args.output_dir}: is not empty; name another or add --overwrite_output_dir")
+    for name in names:
+        if name.endswith((".msgpack", ".safetensors", ".bin")) or name.startswith("checkpoint-"):
+            fail(f"--output_dir {args.output_dir}: {name} would lose its tokenizer; remove it, or name another directory")
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output_dir):
+            pass
+    except OSError as error:
+        fail(f"--output_dir {args.output_dir}: cannot be written to: {error.strerror}")
+
+
+# ---- Text ----------------------------------------------------------------------------------------------------------------
+
+
+class TextSample:
+    """The rows to train on; iterating gives lists of texts, always in the same order, as often as needed."""
+
+    def __init__(self, dataset: datasets.Dataset, column: str):
+        self.dataset, self.column = dataset.select_columns(column), column
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for batch in self.dataset.iter(1000):
+            yield [text or "" for text in batch[self.column]]
+
+
+def load_sample(args: PrepareArguments) -> TextSample:
+    """Load the text, and draw from it if it has more than `max_train_samples` rows."""
+    if args.train_file:
+        source, dataset = args.train_file, load_text_file(args.train_file, "--train_file", args.cache_dir)
+    else:
+        source, dataset = args.dataset_name, load_train_split(args)
+    column, num_rows = find_text_column(dataset, args.text_column_name), len(dataset)
+    if num_rows > args.max_train_samples:
+        chosen = host_rng(args.seed, "tokenizer sample").choice(num_rows, args.max_train_samples, replace=False)
+        dataset = dataset.select(np.sort(chosen))  # in the order of the data, which reads faster
+    sample = TextSample(dataset, column)
+    if not any(text and not text.isspace() for texts in sample for text in texts):
+        flag = "--train_file" if args.train_file else "--dataset_name"
+        fail(f"{flag} {source}: has no text in column '{column}' of its {len(sample)} row(s)")
+    logger.info("Text: %s of %s rows, column '%s' of %s", f"{len(sample):,}", f"{num_rows:,}", column, source)
+    return sample
+
+
+def load_train_split(args: PrepareArguments) -> datasets.Dataset:
+    """Load the training split of a dataset of the Hub, or of a local directory."""
+    name = args.dataset_name
+    try:
+        if os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json")):
+            loaded = datasets.load_from_disk(name)
+        else:
+            logger.info("Loading dataset %s", name)
+            loaded = datasets.load_dataset(
+                name, args.dataset_config_name, split="train", cache_dir=args.cache_dir, token=args.token
+            )
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        fail(f"--dataset_name {name}: cannot be loaded: {first_line(error.__cause__ or error)}")
+    if isinstance(loaded, Mapping):
+        if "train" not in loaded:
+            fail(f"--dataset_name {name}: has no train split, only {', '.join(loaded)}")
+        loaded = loaded["train"]
+    return loaded
+
+
+# ---- Model types: yours to extend ----------------------------------------------------------------------------------------
+
+
+class Family(NamedTuple):
+    """How a model type makes its tokenizer, and which fields of its configuration follow from it."""
+
+    build_tokenizer: Callable[[TextSample, "Family", int, PrepareArguments], PreTrainedTokenizerFast]
+    tokenizer_class: type[PreTrainedTokenizerFast]
+    special_tokens: tuple[str, ...]  # take the first ids, in this order
+    vocab_size: int  # unless --vocab_size is given
+    min_vocab_size: int
+    training_script: str
+    config_ids: Mapping[str, str] = {}  # field of the configuration -> the tokenizer's id, beside pad, bos and eos
+
+
+def build_byte_level_bpe(
+    sample: TextSample, family: Family, vocab_size: int, args: PrepareArguments
+) -> PreTrainedTokenizerFast:
+    """Byte-pair encoding of UTF-8 bytes: any text can be encoded, and comes back unchanged.
+
+    Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=args.min_frequency,
+        special_tokens=list(family.special_tokens),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(sample, trainer, length=len(sample))
+    with tempfile.TemporaryDirectory() as directory:
+        vocab_file, merges_file = tokenizer.model.save(directory)
+        return family.tokenizer_class(vocab_file=vocab_file, merges_file=merges_file)
+
+
+def build_wordpiece(sample: TextSample, family: Family, vocab_size: int, args: PrepareArguments) -> PreTrainedTokenizerFast:
+    """WordPiece as BERT uses it: words are cut into known pieces; those after the first are written with ##.
+
+    The characters are listed before training, as special tokens, because the trainer numbers them differently every time.
+    """
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=args.lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    alphabet = wordpiece_alphabet(sample, tokenizer, limit=max(1000, vocab_size // 4))
+    num_needed = len(family.special_tokens) + len(alphabet)
+    if num_needed > vocab_size:
+        fail(f"--vocab_size {vocab_size}: too small; special tokens and the characters of this text take {num_needed}")
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=args.min_frequency,
+        special_tokens=[*family.special_tokens, *alphabet],
+        limit_alphabet=0,
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(sample, trainer, length=len(sample))
+    with tempfile.TemporaryDirectory() as directory:
+        (vocab_file,) = tokenizer.model.save(directory)
+        return family.tokenizer_class(vocab_file=vocab_file, do_lower_case=args.lowercase)
+
+
+def wordpiece_alphabet(sample: TextSample, tokenizer: Tokenizer, limit: int) -> list[str]:
+    """The `limit` most frequent characters, and again with ## those that can stand inside a word; others become [UNK]."""
+    counts: Counter[str] = Counter()
+    for texts in sample:
+        counts.update(tokenizer.normalizer.normalize_str("\n".join(texts)))
+
+    def num_words(text: str) -> int:
+        return len(tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)))
+
+    characters = [character for character in counts if num_words(character) > 0]  # no spaces
+    characters = sorted(sorted(characters, key=lambda c: (-counts[c], c))[:limit])
+    return characters + ["##" + c for c in characters if num_words("a" + c) == 1]  # no punctuation, no Chinese
+
+
+ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BART_IDS = {
+    "decoder_start_token_id": "eos_token_id",
+    "forced_bos_token_id": "bos_token_id",
+    "forced_eos_token_id": "eos_token_id",
+}
+FAMILIES = {
+    "roberta": Family(build_byte_level_bpe, RobertaTokenizerFast, ROBERTA_TOKENS, 50265, 256 + 5, "run_mlm_flax.py"),
+    "bert": Family(build_wordpiece, BertTokenizerFast, BERT_TOKENS, 30522, 5 + 1, "run_mlm_flax.py"),
+    "gpt2": Family(build_byte_level_bpe, GPT2TokenizerFast, ("<|endoftext|>",), 50257, 256 + 1, "run_clm_flax.py"),
+    "bart": Family(
+        build_byte_level_bpe, BartTokenizerFast, ROBERTA_TOKENS, 50265, 256 + 5, "run_bart_dlm_flax.py", BART_IDS
+    ),
+}  # fmt: skip
+
+
+# ---- Configuration -------------------------------------------------------------------------------------------------------
+
+
+def load_base_config(args: PrepareArguments) -> PretrainedConfig:
+    """The configuration to start from, with `config_overrides` applied and checked."""
+    if args.config_name is None:
+        config = CONFIG_MAPPING[args.model_type]()
+    else:
+        try:
+            config = AutoConfig.from_pretrained(args.config_name, cache_dir=args.cache_dir, token=args.token)
+        except (OSError, ValueError, KeyError) as error:
+            fail(f"--config_name {args.config_name}: no configuration can be loaded: {first_line(error)}")
+        if config.model_type not in FAMILIES:
+            fail(f"--config_name {args.config_name}: type {config.model_type} is not supported, only {', '.join(FAMILIES)}")
+        if args.model_type not in (None, config.model_type):
+            fail(f"--model_type {args.model_type}: but --config_name {args.config_name} is of type {config.model_type}")
+    if args.config_overrides:
+        apply_config_overrides(config, args.config_overrides)
+    check_sizes(config, args)
+    return config
+
+
+def overridden_fields(args: PrepareArguments) -> set[str]:
+    return {part.partition("=")[0].strip() for part in (args.config_overrides or "").split(",")}
+
+
+# Lowest legal value of the configurations' sizes, under the names that the model types share or use alone.
+SIZES = dict.fromkeys(
+    (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "type_vocab_size", "n_inner",
+        "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim",
+        "decoder_ffn_dim",
+    ),
+    1,
+) | {"max_position_embeddings": 16}  # fmt: skip
+
+
+def check_sizes(config: PretrainedConfig, args: PrepareArguments) -> None:
+    """Refuse sizes no model can be built with, and overrides that would change nothing."""
+    for name, minimum in SIZES.items():
+        size = getattr(config, name, None)
+        if size is None:
+            continue
+        if not isinstance(size, int) or size < minimum:
+            fail(f"--config_overrides {name}={size}: must be a whole number, at least {minimum}")
+        if name.endswith("attention_heads") and config.hidden_size % size:
+            fail(f"--config_overrides {name}={size}: does not divide the hidden size, {config.hidden_size}")
+    if hasattr(config, "encoder_layers"):
+        if "num_hidden_layers" in overridden_fields(args):
+            fail("--config_overrides num_hidden_layers: has no effect here; set encoder_layers and decoder_layers")
+        config.num_hidden_layers = config.encoder_layers
+    for name in sorted(overridden_fields(args)):
+        if name.endswith("_token_id"):
+            fail(f"--config_overrides {name}: follows from the tokenizer and cannot be set")
+
+
+def choose_vocab_size(config: PretrainedConfig, args: PrepareArguments) -> int:
+    """Entries the tokenizer is to have."""
+    family = FAMILIES[config.model_type]
+    if args.lowercase and family.build_tokenizer is not build_wordpiece:
+        fail(f"--lowercase: {config.model_type} tokenizers give text back unchanged; only bert has a form without case")
+    vocab_size = family.vocab_size if args.vocab_size is None else args.vocab_size
+    if vocab_size < family.min_vocab_size:
+        fail(f"--vocab_size {vocab_size}: too small; characters and special tokens alone take {family.min_vocab_size}")
+    if "vocab_size" in overridden_fields(args) and config.vocab_size < vocab_size:
+        fail(
+            f"--config_overrides vocab_size={config.vocab_size}: fewer embeddings than the tokenizer may have ids;"
+            f" raise it, or lower --vocab_size, which is {vocab_size}"
+        )
+    return vocab_size
+
+
+def fit_to_each_other(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, args: PrepareArguments) -> None:
+    """Give the model an embedding for every id and the tokenizer's special ids; give the tokenizer the model's limit."""
+    if "vocab_size" not in overridden_fields(args):
+        config.vocab_size = 64 * math.ceil(len(tokenizer) / 64)  # a multiple of 64 makes faster matrix products
+    ids = {name: name for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    for config_name, tokenizer_name in (ids | FAMILIES[config.model_type].config_ids).items():
+        setattr(config, config_name, getattr(tokenizer, tokenizer_name))
+    config.architectures = None  # the training script decides
+    tokenizer.model_max_length = max_positions(config)
+
+
+# Files by which AutoTokenizer or a model would take on traits of what was in the directory before.
+REPLACED_FILES = {
+    "added_tokens.json", "chat_template.jinja", "config.json", "generation_config.json", "merges.txt",
+    "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "vocab.json", "vocab.txt",
+}  # fmt: skip
+
+
+def write_model_dir(output_dir: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Write all files, each whole or not at all, in place of those of an earlier run; returns their names."""
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as staging:
+        tokenizer.save_pretrained(staging)
+        config.to_json_file(os.path.join(staging, "config.json"))
+        for name in REPLACED_FILES:
+            Path(output_dir, name).unlink(missing_ok=True)
+        names = sorted(os.listdir(staging))
+        for name in names:
+            os.replace(os.path.join(staging, name), os.path.join(output_dir, name))
+    return names
+
+
+def log_result(
+    args: PrepareArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, asked: int, written: list[str]
+) -> None:
+    """Say what was made, and how to go on."""
+    logger.info(
+        "Vocabulary: %d entries of %d asked for, %d embeddings; rows of up to %d tokens",
+        len(tokenizer), asked, config.vocab_size, tokenizer.model_max_length,
+    )  # fmt: skip
+    if len(tokenizer) < asked:
+        logger.warning("The text is too small for more entries; give more text, or a lower --vocab_size or --min_frequency.")
+    logger.info("Wrote to %s: %s", args.output_dir, ", ".join(written))
+    data = ["--train_file", args.train_file] if args.train_file else ["--dataset_name", args.dataset_name]
+    command = ["python", FAMILIES[config.model_type].training_script]
+    command += ["--config_name", args.output_dir, "--tokenizer_name", args.output_dir, *data]
+    logger.info("Next: %s --output_dir ...", shlex.join(command))
+
+
+# ---- Scaffolding: the same in every script -------------------------------------------------------------------------------
+
+
+def fail(message: str) -> NoReturn:
+    """End the program because of a person's mistake: one line, exit status 2."""
+    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, without the advice that libraries print below it."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+class ScriptArgumentParser(HfArgumentParser):
+    """HfArgumentParser whose errors are one line, and whose first argument may be a JSON file of arguments.
+
+    Flags after the JSON file override it. Its values are checked as if they stood on the command line.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+    def parse(self, argv: Sequence[str]) -> tuple:
+        argv = list(argv)
+        if argv and argv[0].endswith(".json"):
+            argv[:1] = self.read_json(argv[0])
+        *arguments, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if unknown:
+            fail(f"{unknown[0]}: no such flag; --help lists them all")
+        return tuple(arguments)
+
+    def read_json(self, path: str) -> list[str]:
+        try:
+            values = json.loads(Path(path).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            fail(f"{path}: cannot be read as JSON: {first_line(error)}")
+        if not isinstance(values, dict):
+            fail(f"{path}: must hold one JSON object, of flag names and values")
+        known = {f.name for arguments in self.dataclass_types for f in dataclasses.fields(arguments)}
+        for name in values.keys() - known:
+            fail(f"{path}: '{name}' is no flag of this script; --help lists them all")
+        return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+
+DATA_LOADERS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+
+
+def data_loader_of(path: str) -> str | None:
+    """Name of the `datasets` loader for a file, by its suffix; a compression suffix counts as none."""
+    name = os.path.basename(path)
+    for compression in (".gz", ".bz2", ".xz"):
+        name = name.removesuffix(compression)
+    return DATA_LOADERS.get(name.rpartition(".")[2])
+
+
+def check_text_file(path: str, flag: str) -> None:
+    if data_loader_of(path) is None:
+        fail(f"{flag} {path}: unknown suffix; use {', '.join(DATA_LOADERS)}, or one of these with .gz, .bz2 or .xz")
+    if not os.path.isfile(path):
+        fail(f"{flag} {path}: no such file")
+    if os.path.getsize(path) == 0:
+        fail(f"{flag} {path}: is empty")
+
+
+def load_text_file(path: str, flag: str, cache_dir: str | None) -> datasets.Dataset:
+    """Read one local file with the loader of its suffix."""
+    try:
+        return datasets.load_dataset(data_loader_of(path), data_files=path, split="train", cache_dir=cache_dir)
+    except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError, ValueError) as error:
+        fail(f"{flag} {path}: cannot be read as {data_loader_of(path)}: {first_line(error.__cause__ or error)}")
+
+
+def find_text_column(dataset: datasets.Dataset, text_column_name: str | None) -> str:
+    """The column named, else "text", else the first one that holds strings."""
+    text_columns = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", "") in TEXT_TYPES]
+    if text_column_name is not None:
+        if text_column_name not in text_columns:
+            fail(f"--text_column_name {text_column_name}: the data has no such text column, only {dataset.column_names}")
+        return text_column_name
+    if not text_columns:
+        fail(f"the data has no text column, only {dataset.column_names}; name one with --text_column_name")
+    return "text" if "text" in text_columns else text_columns[0]
+
+
+TEXT_TYPES = ("string", "large_string")
+
+
+def set_up_logging() -> None:
+    """One format for all messages; libraries only from warnings up."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logger.setLevel(logging.INFO)
+    # Said at every start; requirements.txt pins the release for that reason and the README explains it.
+    flax_logger = logging.getLogger("transformers.modeling_flax_utils")
+    flax_logger.addFilter(lambda record: "classes are deprecated" not in record.getMessage())
+
+
+def apply_config_overrides(config: PretrainedConfig, overrides: str) -> None:
+    """Set fields of a configuration from "key=value,key=value"; a value must fit the type that the field has now."""
+    fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    changed = []
+    for override in filter(None, (part.strip() for part in overrides.split(","))):
+        key, equals, text = override.partition("=")
+        name = config.attribute_map.get(key, key)
+        if not equals:
+            fail(f"--config_overrides {override}: write key=value")
+        if name not in fields:
+            fail(f"--config_overrides {key}: is no field of a {config.model_type} configuration")
+        try:
+            setattr(config, name, parse_as(type(fields[name]), text))
+        except ValueError as error:
+            fail(f"--config_overrides {override}: {key} {error}")
+        changed.append(config.attribute_map.get(name, name))
+    heads = config.attribute_map.get("num_attention_heads", "num_attention_heads")
+    hidden_size, num_heads = getattr(config, "hidden_size", 0), getattr(config, heads, 1)
+    if "num_attention_heads" not in changed and heads not in changed and hidden_size % num_heads:
+        setattr(config, heads, max(1, hidden_size // 64))
+        logger.info("%s=%d: heads of 64 fit a hidden size of %d.", heads, getattr(config, heads), hidden_size)
+
+
+def parse_as(kind: type, text: str) -> Any:
+    """Read `text` as a value of type `kind`; a field that is None takes a number, a truth value or text."""
+    truth = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if kind is bool:
+        if text.lower() not in truth:
+            raise ValueError("takes true or false")
+        return truth[text.lower()]
+    if kind is int or kind is float:
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError("takes a whole number" if kind is int else "takes a number") from None
+    if kind is type(None):
+        try:
+            return json.loads(text.lower() if text.lower() in ("true", "false", "none") else text)
+        except ValueError:
+            return text
+    if kind is not str:
+        raise ValueError(f"is a {kind.__name__}, which cannot be set here; edit the config.json")
+    return text
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Longest row the position table takes; None if there is no table."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and "roberta" in config.model_type:
+        return limit - config.pad_token_id - 1  # RoBERTa counts positions from pad_token_id + 1
+    return limit
+
+
+def seed_sequence(seed: int, *stream: str | int) -> np.random.SeedSequence:
+    spawn_key = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in stream]
+    return np.random.SeedSequence(seed, spawn_key=spawn_key)
+
+
+def host_rng(seed: int, *stream: str | int) -> np.random.Generator:
+    """The NumPy generator of a named stream, such as ("order", epoch)."""
+    return np.random.Generator(np.random.PCG64(seed_sequence(seed, *stream)))
+
+
+def public_arguments(*arguments: Any) -> dict[str, Any]:
+    """All flags of this run except the secret ones, which are those that don't show in a repr."""
+    return {f.name: getattr(part, f.name) for part in arguments for f in dataclasses.fields(part) if f.repr}
+
+
+# ---- Main ----------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write tokenizer and configuration as the arguments say (default: the command line)."""
+    args = read_arguments(argv)
+    set_up_logging()
+    logger.info("Arguments: %s", public_arguments(args))
+    config = load_base_config(args)
+    family, vocab_size = FAMILIES[config.model_type], choose_vocab_size(config, args)
+    sample = load_sample(args)
+    logger.info("Training a tokenizer of %s entries; this takes minutes on a large corpus", f"{vocab_size:,}")
+    tokenizer = family.build_tokenizer(sample, family, vocab_size, args)
+    fit_to_each_other(config, tokenizer, args)
+    written = write_model_dir(args.output_dir, config, tokenizer)
+    log_result(args, config, tokenizer, vocab_size, written)
+
+
+if __name__ == "__main__":
+    main()

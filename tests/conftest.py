@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests share: a small corpus of real text, tokenizers of three kinds, tiny model directories, compiled programs."""
+
+import os
+import tempfile
+
+# Before jax, datasets and huggingface_hub are imported: no Hub, no accelerator, caches of our own.
+CACHE = os.path.join(tempfile.gettempdir(), f"flax-lm-tests-{os.getuid()}")
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_CACHE": os.path.join(CACHE, "datasets"),
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": os.path.join(CACHE, "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import _pydecimal
+import argparse
+import asyncio.base_events
+import json
+import optparse
+import pydoc
+import subprocess
+import sys
+import typing
+import unittest.mock
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertTokenizerFast, PreTrainedTokenizerFast, RobertaConfig, RobertaTokenizerFast
+
+from quickstart.python_docs_corpus import paragraphs
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "initializer_range": 0.1,  # so narrow a model learns in a hundred steps
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """About 800 paragraphs of English."""
+    modules = (argparse, asyncio.base_events, json, subprocess, tempfile, typing, unittest.mock, _pydecimal, optparse, pydoc)
+    found = list(paragraphs(Path(module.__file__) for module in modules))
+    assert len(found) > 400
+    return found
+
+
+@pytest.fixture(scope="session")
+def corpus(texts, tmp_path_factory) -> Path:
+    """The texts as a txt file, one paragraph per line."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n".join(texts) + "\n", "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def byte_level_tokenizer(texts) -> RobertaTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=509,  # no multiple of 64: the embedding is larger than the tokenizer
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return RobertaTokenizerFast(tokenizer_object=tokenizer, model_max_length=64)
+
+
+@pytest.fixture(scope="session")
+def word_piece_tokenizer(texts) -> BertTokenizerFast:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator(
+        [*texts, "模型预测词语"], trainers.WordPieceTrainer(vocab_size=600, special_tokens=specials, show_progress=False)
+    )
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, do_lower_case=False)
+
+
+@pytest.fixture(scope="session")
+def unigram_tokenizer(texts) -> PreTrainedTokenizerFast:
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.train_from_iterator(
+        texts, trainers.UnigramTrainer(vocab_size=600, special_tokens=specials, unk_token="<unk>", show_progress=False)
+    )
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), specials, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
+
+
+@pytest.fixture(scope="session")
+def roberta_dir(byte_level_tokenizer, tmp_path_factory) -> Path:
+    """Tokenizer and configuration of a tiny RoBERTa without dropout: 64 tokens, vocabulary of 512."""
+    path = tmp_path_factory.mktemp("roberta")
+    byte_level_tokenizer.save_pretrained(path)
+    RobertaConfig(vocab_size=512, max_position_embeddings=66, **TINY).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bert_dir(word_piece_tokenizer, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("bert")
+    word_piece_tokenizer.save_pretrained(path)
+    BertConfig(vocab_size=640, max_position_embeddings=64, **TINY).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run_script():
+    """Run a script in a process of its own: run_script(path, *flags, devices=1) -> CompletedProcess."""
+
+    def run(script: Path | str, *flags, devices: int = 1, env: dict | None = None, **kwargs):
+        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | (env or {})
+        command = [sys.executable, str(script), *map(str, flags)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def error_of(capsys):
+    """Call something that must end with a person's mistake: exit status 2 and one line on standard error."""
+
+    def call(function, *args) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            function(*args)
+        lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+        assert caught.value.code == 2
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return call

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Properties of the MLM collator and of word boundaries."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import run_mlm_flax as script
+
+
+def make_collator(tokenizer, row_length, mlm_probability=0.15):
+    return script.Collator(tokenizer, script.DataTrainingArguments(mlm_probability=mlm_probability), row_length)
+
+
+def uniforms(shape, seed=0):
+    return np.random.default_rng(seed).random(shape)
+
+
+def scatter_labels(batch, num_groups):
+    """Labels at their places: int [N, T], -100 elsewhere."""
+    N, T = batch["input_ids"].shape
+    labels = np.full((num_groups, N * T // num_groups), -100)
+    K = len(batch["labels"]) // num_groups
+    for group in range(num_groups):
+        part = slice(group * K, (group + 1) * K)
+        counted = batch["label_weights"][part] > 0
+        positions = batch["label_positions"][part][counted]
+        assert len(set(positions)) == len(positions)
+        labels[group, positions] = batch["labels"][part][counted]
+    return labels.reshape(N, T)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_groups=st.integers(1, 4),
+    rows_per_group=st.integers(1, 5),
+    T=st.integers(1, 70),
+    probability=st.floats(0.01, 0.99),
+    num_fake=st.integers(0, 3),
+    whole_words=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_collator_invariants(byte_level_tokenizer, num_groups, rows_per_group, T, probability, num_fake, whole_words, seed):
+    """Any rows: only ordinary tokens are hidden, labels are the originals, everything else stays as it was."""
+    tokenizer = byte_level_tokenizer
+    rng = np.random.default_rng(seed)
+    N = num_groups * rows_per_group
+    input_ids = rng.integers(0, len(tokenizer), (N, T)).astype(np.int32)
+    input_ids[np.arange(T) >= rng.integers(0, T + 1, N)[:, None]] = tokenizer.pad_token_id
+    original = input_ids.copy()
+    is_real = np.arange(N) < N - num_fake
+    rows = {"input_ids": input_ids} | ({"word_starts": rng.integers(0, 2, (N, T))} if whole_words else {})
+    batch = make_collator(tokenizer, T, probability)(rows, rng.random((N, T)), is_real, num_groups)
+
+    np.testing.assert_array_equal(input_ids, original)  # rows may be a view of a file: not to be written to
+    labels = scatter_labels(batch, num_groups)
+    hidden = labels != -100
+    np.testing.assert_array_equal(labels[hidden], original[hidden])
+    np.testing.assert_array_equal(batch["input_ids"][~hidden], original[~hidden])
+    np.testing.assert_array_equal(batch["attention_mask"], original != tokenizer.pad_token_id)
+    special = np.isin(original, [0, 1, 2, 4])  # <unk>, 3, is ordinary text
+    assert not (hidden & (special | ~is_real[:, None])).any()
+    replaced = batch["input_ids"][hidden & (batch["input_ids"] != original)]
+    assert np.isin(replaced, [*range(5, len(tokenizer)), tokenizer.mask_token_id]).all()
+    assert np.isin(batch["label_weights"], [0, 1]).all()
+    assert len(batch["labels"]) % num_groups == 0
+    assert batch["input_ids"].dtype == batch["labels"].dtype == batch["label_positions"].dtype == np.int32
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+@pytest.mark.parametrize("probability", [0.15, 0.4])
+def test_masked_share_and_80_10_10(byte_level_tokenizer, probability, whole_words):
+    """Over 512,000 tokens: the share asked for is selected; 80 % masked, 10 % random, 10 % unchanged (defect 64)."""
+    N, T, V = 1000, 512, len(byte_level_tokenizer)
+    rng = np.random.default_rng(0)
+    rows = {"input_ids": rng.integers(5, V, (N, T)).astype(np.int32)}
+    if whole_words:
+        rows["word_starts"] = (rng.random((N, T)) < 0.7).astype(np.int32)
+    batch = make_collator(byte_level_tokenizer, T, probability)(rows, rng.random((N, T)), np.ones(N, bool), 4)
+    hidden = scatter_labels(batch, 4) != -100
+    assert hidden.mean() == pytest.approx(probability, rel=0.01)
+    shown, original = batch["input_ids"][hidden], rows["input_ids"][hidden]
+    assert (shown == byte_level_tokenizer.mask_token_id).mean() == pytest.approx(0.8, abs=0.01)
+    assert (shown == original).mean() == pytest.approx(0.1 + 0.1 / V, abs=0.005)
+    drawn = shown[(shown != original) & (shown != byte_level_tokenizer.mask_token_id)]
+    assert set(range(5, V)) == set(drawn)
+    counts = np.bincount(drawn, minlength=V)[5:]
+    assert counts.std() < 1.3 * np.sqrt(counts.mean())  # uniform
+
+
+def test_a_word_is_masked_whole_or_not_at_all(byte_level_tokenizer):
+    rng = np.random.default_rng(0)
+    N, T = 200, 64
+    rows = {
+        "input_ids": rng.integers(5, 500, (N, T)).astype(np.int32),
+        "word_starts": (rng.random((N, T)) < 0.5).astype(np.int32),
+    }
+    batch = make_collator(byte_level_tokenizer, T)(rows, rng.random((N, T)), np.ones(N, bool), 1)
+    hidden = scatter_labels(batch, 1) != -100
+    continues = rows["word_starts"][:, 1:] == 0
+    assert (hidden[:, 1:] == hidden[:, :-1])[continues].all()
+    assert not (hidden[:, 1:] == hidden[:, :-1])[~continues].all()
+
+
+def test_surplus_is_cut_in_whole_words_and_spread(byte_level_tokenizer):
+    """More selected than the capacity (here by unlikely numbers): what is left fits, and comes from everywhere."""
+    N, T = 16, 256
+    rows = {"input_ids": np.full((N, T), 7, np.int32), "word_starts": np.tile([1, 0], (N, T // 2))}
+    collator = make_collator(byte_level_tokenizer, T)
+    batch = collator(rows, np.zeros((N, T)), np.ones(N, bool), 2)
+    hidden = scatter_labels(batch, 2) != -100
+    K = len(batch["labels"]) // 2
+    assert K - 2 < hidden.reshape(2, -1).sum(axis=1).min() <= hidden.reshape(2, -1).sum(axis=1).max() <= K
+    assert (hidden[:, 0::2] == hidden[:, 1::2]).all()
+    assert hidden.any(axis=1).all()
+
+
+def test_rows_do_not_depend_on_their_neighbours(byte_level_tokenizer):
+    """Noise belongs to the row: batches of 8 and of 3, on 4 devices or 1, mask a row alike."""
+    T, collator = 32, make_collator(byte_level_tokenizer, 32)
+    ids = np.random.default_rng(0).integers(5, 500, (9, T)).astype(np.int32)
+
+    def masked(first, count, num_groups=1):
+        noise = script.row_uniforms(42, ("noise", 3), first, count, T)
+        return collator({"input_ids": ids[first : first + count]}, noise, np.ones(count, bool), num_groups)["input_ids"]
+
+    np.testing.assert_array_equal(masked(0, 8, 4), masked(0, 9)[:8])
+    np.testing.assert_array_equal(masked(3, 3), masked(0, 9)[3:6])
+    assert (masked(0, 9) != ids).any()
+
+
+def test_capacity_is_fixed_and_rounded(byte_level_tokenizer):
+    collator = make_collator(byte_level_tokenizer, 128)
+    assert collator.num_label_positions(16 * 128) == 448
+    assert collator.num_label_positions(40) == 40
+
+
+def test_throughput_is_not_a_python_loop(byte_level_tokenizer):
+    """No per-token Python: the interpreter runs the same number of lines for 4 rows as for 400."""
+    import sys
+
+    def lines_run(num_rows):
+        rows = {"input_ids": np.full((num_rows, 64), 9, np.int32)}
+        noise, count = uniforms((num_rows, 64)), 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            count += event == "line" and frame.f_code.co_filename == script.__file__
+            return trace
+
+        collator = make_collator(byte_level_tokenizer, 64)
+        previous = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            collator(rows, noise, np.ones(num_rows, bool), 1)
+        finally:
+            sys.settrace(previous)
+        return count
+
+    assert 0 < lines_run(4) == lines_run(400)
+
+
+TEXT = "The naïve über-tokeniser isn't re-tokenising 12,345 snake_case words."
+WORDS = [
+    "The", "naïve", "über", "-", "tokeniser", "isn", "'", "t", "re", "-", "tokenising", "12", ",", "345", "snake_case",
+    "words", ".",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "word_piece", "unigram"])
+def test_word_starts_from_offsets(kind, request):
+    """Byte-level BPE, WordPiece and unigram agree on the words (defect 63)."""
+    tokenizer = request.getfixturevalue(f"{kind}_tokenizer")
+    batch = script.tokenize_texts({"text": [TEXT]}, tokenizer, "text", None, True)
+    ids, starts = np.array(batch["input_ids"][0]), np.array(batch["word_starts"][0])
+    assert len(ids) == len(starts)
+    pieces = np.split(ids, np.flatnonzero(starts))[1:]
+    words = [tokenizer.decode(piece).replace(" ", "") for piece in pieces[1:-1]]  # without <s> and </s>
+    assert len(words) == len(WORDS)
+    known = [(word, expected) for word, expected in zip(words, WORDS, strict=True) if tokenizer.unk_token not in word]
+    assert len(known) >= len(WORDS) - 2
+    assert all(word.replace("##", "") == expected for word, expected in known)
+    assert max(map(len, pieces)) > 1
+
+
+def test_word_starts_within_one_character(byte_level_tokenizer):
+    """A character of several bytes is never torn apart; CJK characters stand alone."""
+    batch = script.tokenize_texts({"text": ["模型 ok 🙂"]}, byte_level_tokenizer, "text", None, True)
+    ids, starts = np.array(batch["input_ids"][0]), np.array(batch["word_starts"][0])
+    words = [byte_level_tokenizer.decode(piece).strip() for piece in np.split(ids, np.flatnonzero(starts))[2:-1]]
+    assert words == ["模", "型", "ok", "🙂"]
+
+
+def test_word_references_join_characters(word_piece_tokenizer):
+    """train_ref_file lists the tokens that continue a word, [CLS] being 0."""
+    texts, references = ["模型预测词语", " ", "模型"], [[2, 4, 6], [], []]
+    columns = {"text": texts, script.REFERENCE_COLUMN: references}
+    batch = script.tokenize_texts(columns, word_piece_tokenizer, "text", None, True)
+    assert [list(starts) for starts in batch["word_starts"]] == [[1, 1, 0, 1, 0, 1, 0, 1], [1, 1, 1, 1]]

@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""prepare_model_dir.py: the directory it writes is right when loaded, for every model type, and mistakes are named."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import random
+import re
+import shutil
+import unicodedata
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoTokenizer, BartConfig, BertConfig, GPT2Config, RobertaConfig
+
+import prepare_model_dir
+from prepare_model_dir import FAMILIES
+
+BYTE_LEVEL = ("roberta", "gpt2", "bart")
+VOCAB_SIZE = 700  # no multiple of 64
+POSITIONS = 66
+SMALL = f"hidden_size=32,max_position_embeddings={POSITIONS}"
+NASTY = (
+    " leading, double  and trailing ",
+    "tab\tnew\nline\r\nno-break\u00a0space\u2028line separator\u3000ideographic",
+    "naïve ﬁancée, İstanbul, Straße; combining: e\u0301 a\u0308",
+    "中文字符 日本語テスト 한국어 العربية עברית ไทย हिन्दी",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \U0010ffff \ufeff\ufffd\u0000\u001b[0m",
+    "it 's n't do n't . , ! ? they 're",  # spaces that clean_up_tokenization_spaces would eat
+    "",
+)  # fmt: skip
+
+
+def prepare(output_dir: Path, corpus: Path, *flags, model_type: str | None = "roberta", vocab_size: int = VOCAB_SIZE) -> Path:
+    """Run the script in this process; returns the directory."""
+    argv = ["--output_dir", output_dir, "--train_file", corpus, "--vocab_size", vocab_size, *flags]
+    argv += ["--model_type", model_type] if model_type else []
+    prepare_model_dir.main([str(part) for part in argv])
+    return output_dir
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_progress_bars():
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def model_dirs(corpus, tmp_path_factory) -> dict[str, Path]:
+    """One directory for every model type."""
+    root = tmp_path_factory.mktemp("models")
+    return {name: prepare(root / name, corpus, "--config_overrides", SMALL, model_type=name) for name in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, model_dirs) -> tuple[str, Path]:
+    """Model type and directory, for every model type."""
+    return request.param, model_dirs[request.param]
+
+
+@pytest.fixture(scope="module")
+def few_texts(texts, tmp_path_factory) -> Path:
+    """A file of 60 paragraphs, for tests that train often."""
+    path = tmp_path_factory.mktemp("few") / "few.txt"
+    path.write_text("\n".join(texts[:60]) + "\n", "utf-8")
+    return path
+
+
+# ---- The tokenizer, loaded again -----------------------------------------------------------------------------------------
+
+
+def test_special_tokens_surround_texts(family):
+    """Defect 68: the tokenizers of the old README put nothing around texts, so documents ran into each other."""
+    name, path = family
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    first, second = (tokenizer(text, add_special_tokens=False).input_ids for text in ("The first text.", "And another."))
+    bos, eos, cls, sep = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id
+    single, pair = {
+        "roberta": ([bos, *first, eos], [bos, *first, eos, eos, *second, eos]),
+        "bart": ([bos, *first, eos], [bos, *first, eos, eos, *second, eos]),
+        "bert": ([cls, *first, sep], [cls, *first, sep, *second, sep]),
+        "gpt2": (first, first + second),
+    }[name]
+    assert tokenizer("The first text.").input_ids == single
+    assert tokenizer("The first text.", "And another.").input_ids == pair
+    mask = tokenizer("The first text.", return_special_tokens_mask=True).special_tokens_mask
+    assert [bool(flag) for flag in mask] == [token_id in (bos, eos, cls, sep) for token_id in single]
+
+
+def test_special_ids_are_those_of_the_published_models(family):
+    name, path = family
+    vocabulary = AutoTokenizer.from_pretrained(path).get_vocab()
+    first = sorted(vocabulary, key=vocabulary.get)[:5]
+    roberta = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    expected = {"roberta": roberta, "bart": roberta, "bert": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]}
+    assert first == expected.get(name, first)
+    assert first[0] == "<|endoftext|>" or name != "gpt2"
+
+
+def test_the_class_is_that_of_the_model_type(family):
+    """Also the slow one, from vocab.json and merges.txt (or vocab.txt), which gives the same ids."""
+    name, path = family
+    fast, slow = AutoTokenizer.from_pretrained(path), AutoTokenizer.from_pretrained(path, use_fast=False)
+    prefix = {"roberta": "Roberta", "bert": "Bert", "gpt2": "GPT2", "bart": "Bart"}[name]
+    assert (type(fast).__name__, type(slow).__name__) == (f"{prefix}TokenizerFast", f"{prefix}Tokenizer")
+    for text in ("Return the first argument that isn't None.", *NASTY[:2]):
+        assert fast(text).input_ids == slow(text).input_ids
+    assert fast.model_max_length == slow.model_max_length
+    assert fast.all_special_ids == slow.all_special_ids
+
+
+def test_the_limit_is_that_of_the_model(family):
+    """Defect 68: model_max_length was 1e30. RoBERTa numbers positions from pad_token_id + 1, so it has two fewer."""
+    name, path = family
+    limit = AutoTokenizer.from_pretrained(path).model_max_length
+    assert limit == (POSITIONS - 2 if name == "roberta" else POSITIONS)
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+@pytest.mark.parametrize("text", NASTY)
+def test_any_text_comes_back(model_dirs, name, text):
+    tokenizer = AutoTokenizer.from_pretrained(model_dirs[name])
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_generated_text_comes_back(model_dirs, text):
+    tokenizer = load_once(model_dirs["gpt2"])
+    token_ids = tokenizer(text).input_ids
+    assert tokenizer.decode(token_ids) == text
+    assert tokenizer.unk_token_id not in token_ids
+
+
+def load_once(path: Path, loaded: dict = {}):  # noqa: B006 (the cache)
+    if path not in loaded:
+        loaded[path] = AutoTokenizer.from_pretrained(path)
+    return loaded[path]
+
+
+def test_every_id_has_an_embedding(family):
+    """Defects 68 and 76: GPT-2's <|endoftext|> had the id vocab_size, whose embedding reads as NaN."""
+    _, path = family
+    tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
+    everything = "".join(map(chr, filter(lambda point: not 0xD800 <= point < 0xE000, range(0, 0x110000, 61))))
+    token_ids = [*tokenizer([everything, *NASTY]).input_ids, tokenizer.all_special_ids, list(tokenizer.get_vocab().values())]
+    assert max(map(max, filter(None, token_ids))) < config.vocab_size
+    assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
+
+
+def test_the_vocabulary_was_learned_from_the_text(family, texts):
+    _, path = family
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert len(tokenizer) == VOCAB_SIZE
+    assert sum(map(len, tokenizer(texts[:50]).input_ids)) < 0.6 * sum(map(len, texts[:50]))
+
+
+@pytest.mark.parametrize("name", ("roberta", "bart", "bert"))
+def test_a_mask_takes_the_place_of_a_word(model_dirs, name):
+    """<mask> takes in the space before it, as in the published models; [MASK] stands between words that are apart anyway."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dirs[name])
+    masked, before = tokenizer(f"Return {tokenizer.mask_token} value").input_ids, tokenizer("Return").input_ids[:-1]
+    assert masked[len(before)] == tokenizer.mask_token_id
+    assert masked[: len(before)] == before
+
+
+def test_bert_keeps_case_unless_told_otherwise(few_texts, tmp_path):
+    """Defect 62: the old tokenizer script lower-cased whatever it was given."""
+    cased = AutoTokenizer.from_pretrained(prepare(tmp_path / "cased", few_texts, model_type="bert"))
+    uncased = AutoTokenizer.from_pretrained(prepare(tmp_path / "uncased", few_texts, "--lowercase", model_type="bert"))
+    assert cased.tokenize("THE") != cased.tokenize("the")
+    assert uncased.tokenize("THÉ") == uncased.tokenize("the")
+    assert not any(token[0].isupper() for token in uncased.get_vocab())
+    slow = AutoTokenizer.from_pretrained(tmp_path / "uncased", use_fast=False)
+    assert slow.tokenize("THÉ Value") == uncased.tokenize("THÉ Value")
+
+
+def test_bert_alphabet_has_no_useless_pieces(few_texts, tmp_path):
+    """Characters that always stand alone (punctuation, Chinese) are not entered a second time with ##."""
+    path = tmp_path / "text.txt"
+    path.write_text(few_texts.read_text("utf-8") + "模型预测 (词语), é\n", "utf-8")
+    vocabulary = AutoTokenizer.from_pretrained(prepare(tmp_path / "out", path, model_type="bert")).get_vocab()
+    assert {"模", "(", "é", "##é", "a", "##a"} <= vocabulary.keys()
+    assert not {"##模", "##(", "##,"} & vocabulary.keys()
+    assert not any(unicodedata.category(token[-1]).startswith("Z") for token in vocabulary)
+
+
+# ---- The configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_the_configuration_fits_the_tokenizer(family):
+    """Defect 60: the vocabulary was forced to len(tokenizer), which is rarely a multiple of 64."""
+    name, path = family
+    tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
+    assert type(config) is {"roberta": RobertaConfig, "bert": BertConfig, "gpt2": GPT2Config, "bart": BartConfig}[name]
+    assert config.vocab_size == 704
+    assert config.hidden_size == 32
+    assert config.hidden_size % config.num_attention_heads == 0
+    for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        assert getattr(config, field) == getattr(tokenizer, field)
+    written = json.loads((path / "config.json").read_text("utf-8"))
+    assert "architectures" not in written
+
+
+def test_configuration_ids_of_each_type(model_dirs):
+    written = {name: json.loads((path / "config.json").read_text("utf-8")) for name, path in model_dirs.items()}
+    ids = {name: {k: v for k, v in fields.items() if k.endswith("_token_id")} for name, fields in written.items()}
+    three = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    assert ids == {
+        "roberta": three,
+        "bert": {"pad_token_id": 0},
+        "gpt2": {"bos_token_id": 0, "eos_token_id": 0},
+        "bart": three | {"decoder_start_token_id": 2, "forced_bos_token_id": 0, "forced_eos_token_id": 2},
+    }
+
+
+def test_a_larger_vocabulary_asked_for_wins(few_texts, tmp_path):
+    path = prepare(tmp_path / "out", few_texts, "--config_overrides", "vocab_size=1001")
+    assert AutoConfig.from_pretrained(path).vocab_size == 1001
+
+
+def test_config_name_is_the_base(few_texts, tmp_path):
+    """Its sizes stay, its ids and its architecture do not: they belong to another tokenizer and to its weights."""
+    base = BartConfig(d_model=64, vocab_size=9, pad_token_id=7, forced_bos_token_id=8, architectures=["BartModel"])
+    base.to_json_file(tmp_path / "config.json")
+    path = prepare(tmp_path / "out", few_texts, "--config_name", tmp_path, model_type=None)
+    config = AutoConfig.from_pretrained(path)
+    assert (config.model_type, config.d_model, config.vocab_size) == ("bart", 64, 704)
+    assert (config.pad_token_id, config.forced_bos_token_id, config.architectures) == (1, 0, None)
+
+
+# ---- Text ----------------------------------------------------------------------------------------------------------------
+
+
+def write_formats(directory: Path, rows: list[str]) -> dict[str, list[str]]:
+    """The same rows in every format; returns the flags that name each."""
+    records = [{"title": "x", "body": row} for row in rows]
+    jsonl = "".join(json.dumps(record) + "\n" for record in records).encode()
+    dataset = datasets.Dataset.from_list(records)
+    files = {"a.json": json.dumps(records).encode(), "a.jsonl": jsonl}
+    files |= {"a.jsonl.gz": gzip.compress(jsonl), "a.jsonl.bz2": bz2.compress(jsonl), "a.jsonl.xz": lzma.compress(jsonl)}
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    dataset.to_csv(directory / "a.csv")
+    dataset.to_parquet(directory / "a.parquet")
+    (directory / "hub").mkdir()
+    (directory / "hub" / "train.jsonl").write_bytes(jsonl)
+    dataset.save_to_disk(directory / "saved")
+    datasets.DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(directory / "saved_dict")
+    flags = {name: ["--train_file", str(directory / name)] for name in (*files, "a.csv", "a.parquet")}
+    flags |= {name: ["--dataset_name", str(directory / name)] for name in ("hub", "saved", "saved_dict")}
+    return {name: [*given_by, "--text_column_name", "body"] for name, given_by in flags.items()}
+
+
+def test_all_formats_give_the_same_tokenizer(few_texts, tmp_path):
+    rows = few_texts.read_text("utf-8").splitlines()
+    expected = (prepare(tmp_path / "txt", few_texts, vocab_size=400) / "tokenizer.json").read_bytes()
+    for name, flags in write_formats(tmp_path, rows).items():
+        out = tmp_path / "out" / name
+        prepare_model_dir.main([*flags, "--model_type", "roberta", "--vocab_size", "400", "--output_dir", str(out)])
+        assert (out / "tokenizer.json").read_bytes() == expected, name
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_same_text_same_files(name, few_texts, tmp_path):
+    """Also for WordPiece, whose trainer numbers characters in the order of a hash table."""
+    paths = [prepare(tmp_path / part, few_texts, model_type=name) for part in "ab"]
+    for file in sorted(os.listdir(paths[0])):
+        assert (paths[0] / file).read_bytes() == (paths[1] / file).read_bytes()
+    assert sorted(os.listdir(paths[0])) == sorted(os.listdir(paths[1]))
+
+
+def test_rows_are_drawn_at_random_from_all_of_the_data(tmp_path):
+    """With the seed: again the same ones; with another seed, others."""
+    words = random.Random(0).sample([f"{a}{b}{c}" for a in "bdfg" for b in "aeiou" for c in "klmnprst"], 60)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{word} {word}\n" for word in words[:30] for _ in range(20)) + "omega omega\n" * 600, "utf-8")
+    flags = ("--max_train_samples", "40", "--seed")
+    paths = [prepare(tmp_path / f"out{i}", text, *flags, seed) for i, seed in enumerate(("1", "1", "2"))]
+    first, again, other = ((path / "merges.txt").read_text("utf-8") for path in paths)
+    assert first == again != other
+    vocabulary = AutoTokenizer.from_pretrained(paths[0]).get_vocab()
+    assert "omega" in vocabulary
+    assert 1 <= sum(word in vocabulary for word in words) < 30
+
+
+def test_a_small_corpus_is_said_to_be_small(few_texts, tmp_path, caplog):
+    path = prepare(tmp_path / "out", few_texts, vocab_size=50000)
+    reached = len(AutoTokenizer.from_pretrained(path))
+    assert 300 < reached < 5000
+    assert f"Vocabulary: {reached} entries of 50000 asked for" in caplog.text
+    assert "The text is too small" in caplog.text
+    assert AutoConfig.from_pretrained(path).vocab_size == -(-reached // 64) * 64
+
+
+def test_min_frequency(few_texts, tmp_path):
+    sizes = [len(AutoTokenizer.from_pretrained(prepare(tmp_path / n, few_texts, "--min_frequency", n))) for n in ("2", "50")]
+    assert sizes[0] == VOCAB_SIZE
+    assert sizes[1] < VOCAB_SIZE
+
+
+def test_cache_dir_is_used(few_texts, tmp_path):
+    prepare(tmp_path / "out", few_texts, "--cache_dir", tmp_path / "cache")
+    assert list((tmp_path / "cache").rglob("*.arrow"))
+
+
+# ---- The directory -------------------------------------------------------------------------------------------------------
+
+
+def test_overwriting_leaves_no_file_of_another_type(few_texts, tmp_path):
+    out = prepare(tmp_path / "out", few_texts)
+    for name in ("README.md", "added_tokens.json"):
+        (out / name).write_text("{}")
+    prepare(out, few_texts, "--overwrite_output_dir", model_type="bert")
+    expected = {"config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"}
+    assert set(os.listdir(out)) == expected | {"README.md"}
+    assert type(AutoTokenizer.from_pretrained(out)).__name__ == "BertTokenizerFast"
+    prepare(out, few_texts, "--overwrite_output_dir", model_type="gpt2")
+    assert not (out / "vocab.txt").exists()
+    assert type(AutoTokenizer.from_pretrained(out, use_fast=False)).__name__ == "GPT2Tokenizer"
+
+
+def test_a_run_that_fails_changes_nothing(few_texts, tmp_path, error_of):
+    out = prepare(tmp_path / "out", few_texts)
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    blank = tmp_path / "blank.txt"
+    blank.write_text(" \n\n")
+    error_of(prepare, out, blank, "--overwrite_output_dir")
+    assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
+
+
+def test_weights_are_not_deprived_of_their_tokenizer(few_texts, tmp_path, error_of):
+    out = prepare(tmp_path / "out", few_texts)
+    (out / "model.safetensors").write_bytes(b"weights")
+    assert f"--output_dir {out}: model.safetensors" in error_of(prepare, out, few_texts, "--overwrite_output_dir")
+
+
+def test_log_says_how_to_go_on_and_keeps_the_token(few_texts, tmp_path, caplog):
+    out = prepare(tmp_path / "my out", few_texts, "--token", "hf_secret", model_type="bart")
+    assert f"run_bart_dlm_flax.py --config_name '{out}' --tokenizer_name '{out}' --train_file {few_texts}" in caplog.text
+    assert "hf_secret" not in caplog.text
+    assert not any(b"hf_secret" in (out / name).read_bytes() for name in os.listdir(out))
+
+
+def test_alone_in_a_folder_with_a_json_file(few_texts, tmp_path, run_script):
+    """The script, copied away from all others, in a process of its own; flags after the file override it."""
+    script = Path(shutil.copy(prepare_model_dir.__file__, tmp_path / "copy.of.it.py"))
+    arguments = {"model_type": "bert", "train_file": str(few_texts), "vocab_size": 500, "output_dir": "out", "lowercase": True}
+    (tmp_path / "arguments.json").write_text(json.dumps(arguments))
+    result = run_script(script, "arguments.json", "--vocab_size", 600, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(tokenizer) == 600
+    assert tokenizer.do_lower_case
+    assert re.search(r"Next: python run_mlm_flax.py .*", result.stderr.splitlines()[-1])
+
+
+# ---- Mistakes ------------------------------------------------------------------------------------------------------------
+
+TEXT = ["--train_file", "text.txt"]
+ROBERTA = ["--model_type", "roberta"]
+MISTAKES = {
+    "no data": (ROBERTA, "--train_file or --dataset_name"),
+    "two sources": ([*ROBERTA, *TEXT, "--dataset_name", "x"], "--train_file and --dataset_name"),
+    "file missing": ([*ROBERTA, "--train_file", "nowhere.txt"], "--train_file nowhere.txt: no such file"),
+    "file empty": ([*ROBERTA, "--train_file", "empty.txt"], "--train_file empty.txt: is empty"),
+    "suffix unknown": ([*ROBERTA, "--train_file", "text.doc"], "--train_file text.doc: unknown suffix"),
+    "file broken": ([*ROBERTA, "--train_file", "broken.csv"], "--train_file broken.csv: cannot be read as csv"),
+    "column missing": ([*ROBERTA, *TEXT, "--text_column_name", "body"], "--text_column_name body"),
+    "no text": ([*ROBERTA, "--train_file", "blank.txt"], "--train_file blank.txt: has no text"),
+    "no text in a dataset": ([*ROBERTA, "--dataset_name", "blanks"], "--dataset_name blanks: has no text"),
+    "no train split": ([*ROBERTA, "--dataset_name", "only_test"], "--dataset_name only_test: has no train split"),
+    "dataset broken": ([*ROBERTA, "--dataset_name", "broken"], "--dataset_name broken: cannot be loaded"),
+    "dataset unreachable": ([*ROBERTA, "--dataset_name", "nobody/none"], "--dataset_name nobody/none: cannot be loaded"),
+    "dataset part alone": ([*ROBERTA, *TEXT, "--dataset_config_name", "x"], "--dataset_config_name"),
+    "no type": (TEXT, "--model_type (roberta, bert, gpt2, bart) or --config_name"),
+    "type unknown": ([*TEXT, "--model_type", "rnn"], "--model_type rnn: not supported; choose roberta, bert, gpt2, bart"),
+    "type known elsewhere": ([*TEXT, "--model_type", "llama"], "--model_type llama: not supported"),
+    "config unreachable": ([*TEXT, "--config_name", "nobody/none"], "--config_name nobody/none: no configuration"),
+    "config of no such type": ([*TEXT, "--config_name", "llama"], "--config_name llama: type llama is not supported"),
+    "types disagree": ([*TEXT, *ROBERTA, "--config_name", "bert"], "--model_type roberta: but --config_name bert"),
+    "no key=value": ([*ROBERTA, *TEXT, "--config_overrides", "hidden_size"], "--config_overrides hidden_size"),
+    "key unknown": ([*ROBERTA, *TEXT, "--config_overrides", "hiden_size=3"], "--config_overrides hiden_size"),
+    "value of another type": ([*ROBERTA, *TEXT, "--config_overrides", "hidden_size=big"], "hidden_size takes a whole number"),
+    "heads": (
+        [*ROBERTA, *TEXT, "--config_overrides", "hidden_size=100,num_attention_heads=3"],
+        "--config_overrides num_attention_heads=3: does not divide the hidden size, 100",
+    ),
+    "heads of the decoder": (
+        [*TEXT, "--model_type", "bart", "--config_overrides", "d_model=64,decoder_attention_heads=7"],
+        "--config_overrides decoder_attention_heads=7",
+    ),
+    "no layers": ([*ROBERTA, *TEXT, "--config_overrides", "num_hidden_layers=0"], "--config_overrides num_hidden_layers=0"),
+    "no positions": (
+        [*ROBERTA, *TEXT, "--config_overrides", "max_position_embeddings=2"],
+        "--config_overrides max_position_embeddings=2",
+    ),
+    "layers of bart": (
+        [*TEXT, "--model_type", "bart", "--config_overrides", "num_hidden_layers=2"],
+        "--config_overrides num_hidden_layers: has no effect here; set encoder_layers",
+    ),
+    "ids are fixed": ([*ROBERTA, *TEXT, "--config_overrides", "pad_token_id=5"], "--config_overrides pad_token_id"),
+    "embeddings too few": (
+        [*ROBERTA, *TEXT, "--vocab_size", "500", "--config_overrides", "vocab_size=499"],
+        "--config_overrides vocab_size=499",
+    ),
+    "no room for bytes": ([*ROBERTA, *TEXT, "--vocab_size", "260"], "--vocab_size 260: too small"),
+    "no room for bytes, gpt2": ([*TEXT, "--model_type", "gpt2", "--vocab_size", "256"], "--vocab_size 256: too small"),
+    "no room for characters": ([*TEXT, "--model_type", "bert", "--vocab_size", "10"], "--vocab_size 10: too small"),
+    "vocab_size negative": ([*ROBERTA, *TEXT, "--vocab_size", "-1"], "--vocab_size -1: must be at least 1"),
+    "no rows": ([*ROBERTA, *TEXT, "--max_train_samples", "0"], "--max_train_samples 0: must be at least 1"),
+    "min_frequency": ([*ROBERTA, *TEXT, "--min_frequency", "0"], "--min_frequency 0: must be at least 1"),
+    "seed": ([*ROBERTA, *TEXT, "--seed", "-1"], "--seed -1: must be at least 0"),
+    "lowercase": ([*ROBERTA, *TEXT, "--lowercase"], "--lowercase"),
+    "directory full": ([*ROBERTA, *TEXT, "--output_dir", "bert"], "--output_dir bert: is not empty"),
+    "directory is a file": ([*ROBERTA, *TEXT, "--output_dir", "text.txt"], "--output_dir text.txt: is a file"),
+    "directory impossible": ([*ROBERTA, *TEXT, "--output_dir", "text.txt/x"], "--output_dir text.txt/x: cannot be written to"),
+    "no such flag": ([*ROBERTA, *TEXT, "--vocabulary", "9"], "--vocabulary"),
+    "no number": ([*ROBERTA, *TEXT, "--vocab_size", "many"], "--vocab_size"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def playground(tmp_path, monkeypatch) -> None:
+    """A working directory with the files that MISTAKES name."""
+    monkeypatch.chdir(tmp_path)
+    files = {"text.txt": "some text\n", "text.doc": "text", "empty.txt": "", "blank.txt": " \n\n\t\n"}
+    files |= {"broken.csv": 'a,b\n"1,2\n', "blanks/train.txt": "\n \n", "broken/train.csv": 'a,b\n"1,2\n'}
+    files |= {f"{name}/config.json": json.dumps({"model_type": name}) for name in ("bert", "llama")}
+    for name, content in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(content, "utf-8")
+    datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": ["a"]})).save_to_disk("only_test")
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named_in_one_line(mistake, playground, error_of):
+    flags, expected = MISTAKES[mistake]
+    output = [] if "--output_dir" in flags else ["--output_dir", "out"]
+    assert expected in error_of(prepare_model_dir.main, [*flags, *output])
+    assert not os.path.isdir("out") or os.listdir("out") == []
+
+
+def test_output_dir_is_required(playground, error_of):
+    assert "--output_dir" in error_of(prepare_model_dir.main, [*ROBERTA, *TEXT])
