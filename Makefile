@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 BUILD := quickstart/build
 
-.PHONY: quickstart test test-torch bench-vocab-head style check-style clean
+.PHONY: quickstart test test-torch bench-vocab-head check-copies fix-copies style check-style clean
 
 $(VENV)/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -41,6 +41,10 @@ test-torch: $(VENV)/torch
 ## bench-vocab-head: a training step with scores at labelled positions only, against scores everywhere
 bench-vocab-head: $(VENV)/runtime
 	$(RUN) benchmarks/vocab_head.py
+
+## check-copies, fix-copies: functions that scripts share have one source; copy it from run_mlm_flax.py
+check-copies fix-copies: $(VENV)/development
+	$(RUN) utils/check_copies.py $(if $(filter fix-copies,$@),--fix)
 
 ## style: format and lint
 style: $(VENV)/development

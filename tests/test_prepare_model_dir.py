@@ -14,7 +14,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer, BartConfig, BertConfig, GPT2Config, RobertaConfig
 
@@ -129,7 +129,8 @@ def test_any_text_comes_back(model_dirs, name, text):
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
-@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@settings(deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: "<|endoftext|>" not in text))
 def test_any_generated_text_comes_back(model_dirs, text):
     tokenizer = load_once(model_dirs["gpt2"])
     token_ids = tokenizer(text).input_ids
