@@ -13,6 +13,7 @@ of positions is its limit too. Same data, flags and seed give the same files. Th
 """
 
 import dataclasses
+import glob
 import json
 import logging
 import math
@@ -409,7 +410,7 @@ def log_result(
     data = ["--train_file", args.train_file] if args.train_file else ["--dataset_name", args.dataset_name]
     command = ["python", FAMILIES[config.model_type].training_script]
     command += ["--config_name", args.output_dir, "--tokenizer_name", args.output_dir, *data]
-    logger.info("Next: %s --output_dir ...", shlex.join(command))
+    logger.info("To train from it: %s --output_dir ...", shlex.join(command))
 
 
 # ---- Scaffolding: the same in every script -------------------------------------------------------------------------------
@@ -480,9 +481,9 @@ def check_text_file(path: str, flag: str) -> None:
 def load_text_file(path: str, flag: str, cache_dir: str | None) -> datasets.Dataset:
     """Read one local file with the loader of its suffix."""
     try:
-        return datasets.load_dataset(data_loader_of(path), data_files=path, split="train", cache_dir=cache_dir)
-    except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError, ValueError) as error:
-        fail(f"{flag} {path}: cannot be read as {data_loader_of(path)}: {first_line(error.__cause__ or error)}")
+        return datasets.load_dataset(data_loader_of(path), data_files=glob.escape(path), split="train", cache_dir=cache_dir)
+    except (datasets.exceptions.DatasetsError, ValueError) as error:
+        fail(f"{flag} {path}: is empty or cannot be read as {data_loader_of(path)}: {first_line(error.__cause__ or error)}")
 
 
 def find_text_column(dataset: datasets.Dataset, text_column_name: str | None) -> str:
@@ -501,8 +502,10 @@ TEXT_TYPES = ("string", "large_string")
 
 
 def set_up_logging() -> None:
-    """One format for all messages; libraries only from warnings up."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    """This script's messages on standard error; libraries speak up through handlers of their own, from warnings on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
     # Said at every start; requirements.txt pins the release for that reason and the README explains it.
     flax_logger = logging.getLogger("transformers.modeling_flax_utils")
@@ -514,7 +517,7 @@ def apply_config_overrides(config: PretrainedConfig, overrides: str) -> None:
     fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
     changed = []
     for override in filter(None, (part.strip() for part in overrides.split(","))):
-        key, equals, text = override.partition("=")
+        key, equals, text = (part.strip() for part in override.partition("="))
         name = config.attribute_map.get(key, key)
         if not equals:
             fail(f"--config_overrides {override}: write key=value")
@@ -546,7 +549,7 @@ def parse_as(kind: type, text: str) -> Any:
             raise ValueError("takes a whole number" if kind is int else "takes a number") from None
     if kind is type(None):
         try:
-            return json.loads(text.lower() if text.lower() in ("true", "false", "none") else text)
+            return json.loads({"true": "true", "false": "false", "none": "null"}.get(text.lower(), text))
         except ValueError:
             return text
     if kind is not str:
@@ -577,6 +580,12 @@ def public_arguments(*arguments: Any) -> dict[str, Any]:
     return {f.name: getattr(part, f.name) for part in arguments for f in dataclasses.fields(part) if f.repr}
 
 
+def changed_arguments(*arguments: Any) -> str:
+    """The public flags that were set, as one would type them."""
+    defaults = {f.name: f.default for part in arguments for f in dataclasses.fields(part)}
+    return " ".join(f"--{k} {v}" for k, v in public_arguments(*arguments).items() if v != defaults[k])
+
+
 # ---- Main ----------------------------------------------------------------------------------------------------------------
 
 
@@ -584,7 +593,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write tokenizer and configuration as the arguments say (default: the command line)."""
     args = read_arguments(argv)
     set_up_logging()
-    logger.info("Arguments: %s", public_arguments(args))
+    logger.info("Arguments other than the defaults: %s", changed_arguments(args))
     config = load_base_config(args)
     family, vocab_size = FAMILIES[config.model_type], choose_vocab_size(config, args)
     sample = load_sample(args)

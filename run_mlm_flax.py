@@ -18,6 +18,7 @@ each flag does and which results were reached; the part to change for an objecti
 
 import dataclasses
 import functools
+import glob
 import importlib.metadata
 import json
 import logging
@@ -723,9 +724,9 @@ def load_raw_datasets(
 def load_text_file(path: str, flag: str, cache_dir: str | None) -> datasets.Dataset:
     """Read one local file with the loader of its suffix."""
     try:
-        return datasets.load_dataset(data_loader_of(path), data_files=path, split="train", cache_dir=cache_dir)
-    except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError, ValueError) as error:
-        fail(f"{flag} {path}: cannot be read as {data_loader_of(path)}: {first_line(error.__cause__ or error)}")
+        return datasets.load_dataset(data_loader_of(path), data_files=glob.escape(path), split="train", cache_dir=cache_dir)
+    except (datasets.exceptions.DatasetsError, ValueError) as error:
+        fail(f"{flag} {path}: is empty or cannot be read as {data_loader_of(path)}: {first_line(error.__cause__ or error)}")
 
 
 def load_named_dataset(data_args: DataTrainingArguments, model_args: ModelArguments) -> dict[str, datasets.Dataset]:
@@ -739,7 +740,7 @@ def load_named_dataset(data_args: DataTrainingArguments, model_args: ModelArgume
             loaded = datasets.load_dataset(
                 name, data_args.dataset_config_name, cache_dir=model_args.cache_dir, token=model_args.token
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         fail(f"--dataset_name {name}: cannot be loaded: {first_line(error)}")
     splits = dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
     if "train" not in splits and "validation" not in splits:
@@ -790,8 +791,10 @@ def add_word_references(dataset: datasets.Dataset, path: str, text_column_name: 
 
 
 def set_up_logging() -> None:
-    """One format for all messages; libraries only from warnings up."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    """This script's messages on standard error; libraries speak up through handlers of their own, from warnings on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
     # Said at every start; requirements.txt pins the release for that reason and the README explains it.
     flax_logger = logging.getLogger("transformers.modeling_flax_utils")
@@ -828,7 +831,7 @@ def apply_config_overrides(config: PretrainedConfig, overrides: str) -> None:
     fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
     changed = []
     for override in filter(None, (part.strip() for part in overrides.split(","))):
-        key, equals, text = override.partition("=")
+        key, equals, text = (part.strip() for part in override.partition("="))
         name = config.attribute_map.get(key, key)
         if not equals:
             fail(f"--config_overrides {override}: write key=value")
@@ -860,7 +863,7 @@ def parse_as(kind: type, text: str) -> Any:
             raise ValueError("takes a whole number" if kind is int else "takes a number") from None
     if kind is type(None):
         try:
-            return json.loads(text.lower() if text.lower() in ("true", "false", "none") else text)
+            return json.loads({"true": "true", "false": "false", "none": "null"}.get(text.lower(), text))
         except ValueError:
             return text
     if kind is not str:
@@ -1564,7 +1567,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     results: dict[str, float] = {}
     write_json(os.path.join(training_args.output_dir, "run_info.json"), run_info(*arguments))
-    with logging_redirect_tqdm():
+    with logging_redirect_tqdm([logger]):
         if training_args.do_train:
             learning_rate_fn = make_learning_rate(training_args, plan)
             optimizer = make_optimizer(training_args, learning_rate_fn)

@@ -22,7 +22,7 @@ def test_a_drifted_copy_is_found_and_mended(tmp_path):
     for path in ROOT.glob("*.py"):
         (tmp_path / path.name).write_text(path.read_text())
     drifted = tmp_path / "prepare_model_dir.py"
-    drifted.write_text(drifted.read_text().replace("def parse_as(", "def parse_as(  # drifted", 1))
+    drifted.write_text(drifted.read_text().replace('"takes a number"', '"wants a number"', 1))
     done = check("--root", tmp_path)
     assert done.returncode == 1
     assert "parse_as differs between prepare_model_dir.py, run_mlm_flax.py: run make fix-copies" in done.stdout

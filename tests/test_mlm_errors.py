@@ -131,7 +131,7 @@ def test_file_that_is_not_what_its_suffix_says(mistake, flags, tmp_path):
     for suffix in ("json", "parquet", "txt.gz"):
         path = tmp_path / f"corpus.{suffix}"
         path.write_bytes(b'{"text": \xff\xfe broken')
-        assert f"--train_file {path}: cannot be read as" in mistake(*flags, "--train_file", path)
+        assert f"--train_file {path}: is empty or cannot be read as" in mistake(*flags, "--train_file", path)
 
 
 def test_no_text_column(mistake, flags, tmp_path):

@@ -123,7 +123,7 @@ def test_the_limit_is_that_of_the_model(family):
 
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
-@pytest.mark.parametrize("text", NASTY)
+@pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
 def test_any_text_comes_back(model_dirs, name, text):
     tokenizer = AutoTokenizer.from_pretrained(model_dirs[name])
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
@@ -290,12 +290,13 @@ def test_rows_are_drawn_at_random_from_all_of_the_data(tmp_path):
     assert 1 <= sum(word in vocabulary for word in words) < 30
 
 
-def test_a_small_corpus_is_said_to_be_small(few_texts, tmp_path, caplog):
+def test_a_small_corpus_is_said_to_be_small(few_texts, tmp_path, capsys):
     path = prepare(tmp_path / "out", few_texts, vocab_size=50000)
     reached = len(AutoTokenizer.from_pretrained(path))
     assert 300 < reached < 5000
-    assert f"Vocabulary: {reached} entries of 50000 asked for" in caplog.text
-    assert "The text is too small" in caplog.text
+    log = capsys.readouterr().err
+    assert f"Vocabulary: {reached} entries of 50000 asked for" in log
+    assert "The text is too small" in log
     assert AutoConfig.from_pretrained(path).vocab_size == -(-reached // 64) * 64
 
 
@@ -341,10 +342,11 @@ def test_weights_are_not_deprived_of_their_tokenizer(few_texts, tmp_path, error_
     assert f"--output_dir {out}: model.safetensors" in error_of(prepare, out, few_texts, "--overwrite_output_dir")
 
 
-def test_log_says_how_to_go_on_and_keeps_the_token(few_texts, tmp_path, caplog):
+def test_log_says_how_to_go_on_and_keeps_the_token(few_texts, tmp_path, capsys):
     out = prepare(tmp_path / "my out", few_texts, "--token", "hf_secret", model_type="bart")
-    assert f"run_bart_dlm_flax.py --config_name '{out}' --tokenizer_name '{out}' --train_file {few_texts}" in caplog.text
-    assert "hf_secret" not in caplog.text
+    log = capsys.readouterr().err
+    assert f"run_bart_dlm_flax.py --config_name '{out}' --tokenizer_name '{out}' --train_file {few_texts}" in log
+    assert "hf_secret" not in log
     assert not any(b"hf_secret" in (out / name).read_bytes() for name in os.listdir(out))
 
 
@@ -372,8 +374,9 @@ MISTAKES = {
     "file missing": ([*ROBERTA, "--train_file", "nowhere.txt"], "--train_file nowhere.txt: no such file"),
     "file empty": ([*ROBERTA, "--train_file", "empty.txt"], "--train_file empty.txt: is empty"),
     "suffix unknown": ([*ROBERTA, "--train_file", "text.doc"], "--train_file text.doc: unknown suffix"),
-    "file broken": ([*ROBERTA, "--train_file", "broken.csv"], "--train_file broken.csv: cannot be read as csv"),
+    "file broken": ([*ROBERTA, "--train_file", "broken.csv"], "--train_file broken.csv: is empty or cannot be read as csv"),
     "column missing": ([*ROBERTA, *TEXT, "--text_column_name", "body"], "--text_column_name body"),
+    "no text column": ([*ROBERTA, "--train_file", "numbers.csv"], "--text_column_name"),
     "no text": ([*ROBERTA, "--train_file", "blank.txt"], "--train_file blank.txt: has no text"),
     "no text in a dataset": ([*ROBERTA, "--dataset_name", "blanks"], "--dataset_name blanks: has no text"),
     "no train split": ([*ROBERTA, "--dataset_name", "only_test"], "--dataset_name only_test: has no train split"),
@@ -386,7 +389,7 @@ MISTAKES = {
     "config unreachable": ([*TEXT, "--config_name", "nobody/none"], "--config_name nobody/none: no configuration"),
     "config of no such type": ([*TEXT, "--config_name", "llama"], "--config_name llama: type llama is not supported"),
     "types disagree": ([*TEXT, *ROBERTA, "--config_name", "bert"], "--model_type roberta: but --config_name bert"),
-    "no key=value": ([*ROBERTA, *TEXT, "--config_overrides", "hidden_size"], "--config_overrides hidden_size"),
+    "no key=value": ([*ROBERTA, *TEXT, "--config_overrides", "hidden_size"], "hidden_size: write key=value"),
     "key unknown": ([*ROBERTA, *TEXT, "--config_overrides", "hiden_size=3"], "--config_overrides hiden_size"),
     "value of another type": ([*ROBERTA, *TEXT, "--config_overrides", "hidden_size=big"], "hidden_size takes a whole number"),
     "heads": (
@@ -423,6 +426,9 @@ MISTAKES = {
     "directory is a file": ([*ROBERTA, *TEXT, "--output_dir", "text.txt"], "--output_dir text.txt: is a file"),
     "directory impossible": ([*ROBERTA, *TEXT, "--output_dir", "text.txt/x"], "--output_dir text.txt/x: cannot be written to"),
     "no such flag": ([*ROBERTA, *TEXT, "--vocabulary", "9"], "--vocabulary"),
+    "JSON file missing": (["none.json"], "none.json: cannot be read as JSON"),
+    "JSON file with a list": (["list.json"], "list.json: must hold one JSON object"),
+    "JSON file with another flag": (["flag.json"], "flag.json: 'vocabulary' is no flag"),
     "no number": ([*ROBERTA, *TEXT, "--vocab_size", "many"], "--vocab_size"),
 }  # fmt: skip
 
@@ -433,6 +439,7 @@ def playground(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     files = {"text.txt": "some text\n", "text.doc": "text", "empty.txt": "", "blank.txt": " \n\n\t\n"}
     files |= {"broken.csv": 'a,b\n"1,2\n', "blanks/train.txt": "\n \n", "broken/train.csv": 'a,b\n"1,2\n'}
+    files |= {"numbers.csv": "a,b\n1,2\n", "list.json": "[]", "flag.json": '{"vocabulary": 9}'}
     files |= {f"{name}/config.json": json.dumps({"model_type": name}) for name in ("bert", "llama")}
     for name, content in files.items():
         Path(name).parent.mkdir(exist_ok=True)
