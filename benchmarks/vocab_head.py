@@ -88,6 +88,7 @@ def main() -> None:
     optimizer = optax.adamw(1e-4, mask=script.decay_mask)
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     everywhere, per_micro_batch = PartitionSpec(), PartitionSpec(None, "data")
+    dropout_rng = script.device_rng(0, "dropout", impl="rbg")
     runs = {}
     losses = {"labelled positions": script.loss_fn, "every position": every_position_loss}
     for (name, loss_fn), batch in zip(losses.items(), make_batches(args), strict=True):
@@ -100,13 +101,13 @@ def main() -> None:
         step = script.CompiledStep(name, step_fn, mesh, (everywhere, per_micro_batch, everywhere), (0,))
         state = script.create_train_state(jax.tree.map(jnp.array, model.params), optimizer)
         print(f"Compiling: {name}", file=sys.stderr)
-        state, metrics = step(state, batch, jax.random.PRNGKey(0))
+        state, metrics = step(state, batch, dropout_rng)
         runs[name] = [step, batch, state, [], float(metrics["loss"])]
 
     for _ in tqdm(range(args.num_steps), desc="Timing", unit="turn"):
         for run in runs.values():
             start = time.perf_counter()
-            run[2], metrics = run[0](run[2], run[1], jax.random.PRNGKey(0))
+            run[2], metrics = run[0](run[2], run[1], dropout_rng)
             jax.block_until_ready(metrics)
             run[3].append(time.perf_counter() - start)
 

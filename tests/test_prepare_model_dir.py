@@ -361,7 +361,7 @@ def test_alone_in_a_folder_with_a_json_file(few_texts, tmp_path, run_script):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert len(tokenizer) == 600
     assert tokenizer.do_lower_case
-    assert re.search(r"Next: python run_mlm_flax.py .*", result.stderr.splitlines()[-1])
+    assert re.search(r"To train from it: python run_mlm_flax.py .*", result.stderr.splitlines()[-1])
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------------------------------

@@ -66,7 +66,8 @@ def test_original_flags_and_defaults():
         "dtype": "float32", "token": None, "trust_remote_code": False, "dataset_name": None, "dataset_config_name": None,
         "train_file": None, "validation_file": None, "train_ref_file": None, "validation_ref_file": None,
         "overwrite_cache": False, "validation_split_percentage": 5, "max_seq_length": None, "mlm_probability": 0.15,
-        "preprocessing_num_workers": None, "pad_to_max_length": False, "line_by_line": False, 
+        "preprocessing_num_workers": None, "pad_to_max_length": False, "line_by_line": False, "push_to_hub": False,
+        "hub_model_id": None, "hub_token": None,
     }  # fmt: skip
     parts = (script.TrainingArguments, script.ModelArguments, script.DataTrainingArguments)
     defaults = {field.name: field.default for part in parts for field in dataclasses.fields(part)}
