@@ -13,7 +13,8 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 $(VENV)/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	@echo "Installing the libraries into $(VENV): a minute or two, silently ..."
+	@$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
@@ -23,6 +24,7 @@ $(VENV)/development: requirements-dev.txt $(VENV)/runtime
 
 # The only dependency not in a requirements file: on Linux the plain name brings gigabytes of CUDA, so the version is fixed.
 $(VENV)/torch: $(VENV)/development
+	@echo "Installing PyTorch ..."
 	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	@touch $@
 

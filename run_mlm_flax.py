@@ -1351,8 +1351,11 @@ class TrainingLog:
 
 
 def progress_bar(**kwargs) -> tqdm:
-    """A bar on standard error: lively on a terminal, rare lines in a log file, gone when it is done."""
-    return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30.0, dynamic_ncols=True, leave=False, **kwargs)
+    """A bar on standard error: lively on a terminal; in a log file a line a minute, and none for what is done sooner."""
+    if not sys.stderr.isatty():
+        bar_format = "{desc}: {n_fmt} of {total_fmt} ({elapsed} so far, {remaining} to go)\n"
+        kwargs |= {"mininterval": 60, "maxinterval": 60, "delay": 60, "bar_format": bar_format}
+    return tqdm(leave=False, dynamic_ncols=True, **kwargs)
 
 
 class Evaluator:
@@ -1572,7 +1575,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     results: dict[str, float] = {}
     write_json(os.path.join(training_args.output_dir, "run_info.json"), run_info(*arguments))
-    with logging_redirect_tqdm([logger]):
+    with logging_redirect_tqdm([logger] if sys.stderr.isatty() else []):
         if training_args.do_train:
             learning_rate_fn = make_learning_rate(training_args, plan)
             optimizer = make_optimizer(training_args, learning_rate_fn)

@@ -9,6 +9,7 @@ The baseline knows how often each token occurs in the training text and nothing 
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def main() -> None:
     print(f"  unigram baseline (the commonest token)  {accuracy:8.1%} {loss:8.3f}")
     print(f"  the model                               {results['eval_accuracy']:8.1%} {results['eval_loss']:8.3f}")
 
+    logging.getLogger("transformers.modeling_flax_utils").setLevel(logging.ERROR)  # the Flax classes' farewell message
     model = FlaxAutoModelForMaskedLM.from_pretrained(args.model_dir)
     sentences = [sentence.replace("<mask>", tokenizer.mask_token) for sentence in SENTENCES]
     inputs = tokenizer(sentences, padding=True, return_tensors="np")

@@ -29,8 +29,6 @@ import math
 import os
 import re
 import secrets
-import socket
-import struct
 import sys
 import threading
 from collections.abc import Iterator
@@ -48,7 +46,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml  # huggingface_hub requires it
 from huggingface_hub import constants, file_download, hf_api
-from huggingface_hub.utils import reset_sessions
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, reset_sessions
 
 MAX_REGULAR_BYTES = 10 * 2**20
 LARGE = "*.bin *.gz *.h5 *.model *.msgpack *.npy *.npz *.onnx *.pickle *.pkl *.pt *.pth *.safetensors *.tar *.zip *tfevents*"
@@ -191,9 +189,11 @@ class HubServer:
             patch.dict(os.environ, no_proxy="127.0.0.1"),
         ):
             reset_sessions()  # each thread keeps one, with what was true when it was made
+            disable_progress_bars()
             try:
                 yield
             finally:
+                enable_progress_bars()
                 reset_sessions()
 
     # What it holds.
@@ -473,7 +473,6 @@ class Handler(BaseHTTPRequestHandler):
         except ConnectionError:
             hub.requests.append(Request(self.command, path, None, seen))
             self.close_connection = True
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
             return
         hub.requests.append(Request(self.command, path, answer.status, seen))
         self.send_response(answer.status)

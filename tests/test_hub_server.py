@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """hub_server.py with the real client: what is pushed is there, and which failures the client survives without help."""
 
+import hashlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import requests
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, list_repo_files
 from huggingface_hub.errors import (
     BadRequestError,
     EntryNotFoundError,
@@ -24,7 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import _http
 
 from tests.conftest import ROOT
-from tests.hub_server import HubServer, serve
+from tests.hub_server import HubServer, Repo, serve
 
 REPO = "tester/model"
 WEIGHTS = os.urandom(12_000_000)
@@ -99,7 +101,7 @@ def test_push_and_fetch(hub, folder, tmp_path):
     assert {request.headers["authorization"] for request in hub.requests} == {"Bearer hf_good", None}
     assert not [request for request in hub.requests if (request.method == "PUT") != (request.headers["authorization"] is None)]
 
-    assert sorted(api.list_repo_files(REPO)) == sorted(hub.files(REPO))
+    assert sorted(list_repo_files(REPO, token="hf_good")) == sorted(hub.files(REPO))
     assert [entry.path for entry in api.list_repo_tree(REPO, "logs")] == ["logs/a b+c%.txt", "logs/events.out.tfevents.1"]
     large, regular = api.get_paths_info(REPO, ["flax_model.msgpack", "config.json", "missing"])
     assert (large.size, large.lfs.size, regular.lfs) == (len(WEIGHTS), len(WEIGHTS), None)
@@ -185,15 +187,17 @@ def test_who_may(hub, api, folder):
 
 def test_what_is_refused(hub, api):
     sent = {"headers": {"authorization": "Bearer hf_good"}}
-    url, oid = f"{hub.endpoint}/{REPO}.git/info/lfs/objects", "0" * 64
-    link = requests.post(f"{url}/batch", json={"objects": [{"oid": oid, "size": 1}]}, **sent).json()["objects"][0]
-    link = link["actions"]["upload"]["href"]
-    assert requests.put(link, data=b"1").status_code == 400  # other bytes than those announced
+    url, oid = f"{hub.endpoint}/{REPO}.git/info/lfs/objects", hashlib.sha256(b"1").hexdigest()
+    batch = requests.post(f"{url}/batch", json={"objects": [{"oid": oid, "size": 1}]}, **sent).json()
+    link = batch["objects"][0]["actions"]["upload"]["href"]
+    assert requests.post(f"{url}/verify", json={"oid": oid, "size": 1}, **sent).status_code == 404
+    assert requests.put(link, data=b"2").status_code == 400  # other bytes than those announced
     assert requests.put(link, data=b"1", **sent).status_code == 400  # a link needs no token
     assert requests.put(link[:-1], data=b"1").status_code == 403
-    assert requests.post(f"{url}/verify", json={"oid": oid, "size": 1}, **sent).status_code == 404
+    assert requests.put(link, data=b"1").status_code == 200
+    assert requests.post(f"{url}/verify", json={"oid": oid, "size": 1}, **sent).status_code == 200
     for size in (1, 12_000_000):
-        addition = CommitOperationAdd("model.bin", bytes(size))
+        addition = CommitOperationAdd("model.bin", bytes(size))  # and then the client is told a lie
         addition._upload_mode, addition._is_uploaded = ("lfs", True) if size == 1 else ("regular", False)
         with pytest.raises(BadRequestError, match=r"does not exist|larger than 10 MiB"):
             api.create_commit(REPO, [addition], commit_message="Not uploaded, or too large")
@@ -287,9 +291,10 @@ def test_uploads_end_some_time(hub, api, folder, waits, fault):
     assert hub.files(REPO)["flax_model.msgpack"] == WEIGHTS
 
 
-def test_a_broken_post_is_not_repeated(hub, api, waits):
+@pytest.mark.parametrize("after_bytes", [0, 1_000_000, 10_000_000], ids=["before", "in the middle", "behind"])
+def test_a_broken_post_is_not_repeated(hub, api, waits, after_bytes):
     """A connection lost in the commit's body: a ConnectionError, and no commit."""
-    hub.drop("/commit/", after_bytes=1_000_000)
+    hub.drop("/commit/", after_bytes)
     push = {"repo_id": REPO, "path_or_fileobj": bytes(2_000_000), "path_in_repo": "zeros.txt"}
     with pytest.raises(requests.ConnectionError):
         api.upload_file(**push)
@@ -297,6 +302,20 @@ def test_a_broken_post_is_not_repeated(hub, api, waits):
     api.upload_file(**push)
     assert hub.files(REPO)["zeros.txt"] == bytes(2_000_000)
     assert not waits
+
+
+def test_where_a_connection_breaks(hub):
+    """At the byte that was named: the server does not wait for the next one."""
+    hub.drop("/commit/", after_bytes=1000)
+    with socket.create_connection(hub.endpoint.removeprefix("http://").split(":"), timeout=5) as connection:
+        connection.sendall(b"POST /api/models/a/b/commit/main HTTP/1.1\r\nContent-Length: 2000\r\n\r\n" + bytes(999))
+        connection.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        connection.settimeout(5)
+        connection.sendall(bytes(1))
+        assert connection.recv(1) == b""
+    assert statuses(hub, "POST", "/commit/") == [None]
 
 
 def test_the_answer_gets_lost(hub, api, folder):
@@ -344,8 +363,10 @@ def test_delay_and_an_outage_meanwhile(hub, api):
     assert time.monotonic() - start < 10
 
 
-def test_many_at_once(hub, api):
-    """Eight threads, forty commits: one chain of them and every file."""
+def test_many_at_once(hub, api, monkeypatch):
+    """Eight threads, forty commits, in an unlucky order: one chain of them and every file."""
+    commit = Repo.commit
+    monkeypatch.setattr(Repo, "commit", lambda *args: time.sleep(0.005) or commit(*args))
     data = {f"{i}.{'txt' if i % 2 else 'bin'}": os.urandom(1000) for i in range(40)}
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda item: api.upload_file(repo_id=REPO, path_or_fileobj=item[1], path_in_repo=item[0]), data.items()))
