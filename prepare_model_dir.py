@@ -523,8 +523,11 @@ def apply_config_overrides(config: PretrainedConfig, overrides: str) -> None:
             fail(f"--config_overrides {override}: write key=value")
         if name not in fields:
             fail(f"--config_overrides {key}: is no field of a {config.model_type} configuration")
+        kind = type(fields[name])
+        if kind is int and ("prob" in name or "dropout" in name):
+            kind = float  # some defaults are a plain 0
         try:
-            setattr(config, name, parse_as(type(fields[name]), text))
+            setattr(config, name, parse_as(kind, text))
         except ValueError as error:
             fail(f"--config_overrides {override}: {key} {error}")
         changed.append(config.attribute_map.get(name, name))

@@ -16,6 +16,8 @@ Weights (for Flax and for PyTorch), tokenizer, results and TensorBoard curves ar
 each flag does and which results were reached; the part to change for an objective of your own is fenced off below.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -26,7 +28,9 @@ import math
 import os
 import platform
 import queue
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,11 +49,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, path_aware_map
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary import Writer
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import (
@@ -98,7 +106,10 @@ class TrainingArguments:
     adafactor: bool = field(default=False, metadata={"help": "Adafactor instead of AdamW: far less optimizer memory."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this global norm; 0 does not clip."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training rows; fractions count."})
-    max_steps: int = field(default=-1, metadata={"help": "Number of steps; if positive, it overrides num_train_epochs."})
+    max_steps: int = field(
+        default=-1,
+        metadata={"aliases": ["--num_train_steps"], "help": "Number of steps; if positive, it overrides num_train_epochs."},
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = field(
         default="linear", metadata={"help": "Learning rate after the warmup: down to zero in a line or a cosine, or kept."}
     )
@@ -115,9 +126,40 @@ class TrainingArguments:
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations in the backward pass: less memory, about 30%% more time."}
     )
-    push_to_hub: bool = field(default=False, metadata={"help": "Not yet: see the error for how to upload by hand."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Repository for push_to_hub."})
-    hub_token: str | None = field(default=None, repr=False, metadata={"help": "Token for push_to_hub."})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Micro-batches in one update: multiplies the batch, not the memory."}
+    )
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep, the newest ones."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": "latest",
+            "help": "Go on from a checkpoint as if never stopped: from the newest in output_dir (bare flag), or from a path.",
+        },
+    )
+    multihost: bool = field(
+        default=False, metadata={"help": "Train with several processes, which find each other (TPU pod, SLURM, Open MPI)."}
+    )
+    coordinator_address: str | None = field(
+        default=None, metadata={"help": "host:port of process 0, where processes can't find each other; implies multihost."}
+    )
+    num_processes: int | None = field(default=None, metadata={"help": "Number of processes, with coordinator_address."})
+    process_id: int | None = field(default=None, metadata={"help": "Number of this process, from 0."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload output_dir to the Hub, in the background."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository. Unset: the name of output_dir."})
+    hub_token: str | None = field(
+        default=None, repr=False, metadata={"help": "Token to write with. Unset: the one of `hf auth login` or HF_TOKEN."}
+    )
+    hub_private_repo: bool = field(default=False, metadata={"help": "Create the repository as a private one."})
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = field(
+        default="every_save",
+        metadata={"help": "Upload at the end, at every save too, or with the newest training state as last-checkpoint."},
+    )
+
+    def pauses_after(self, step: int) -> bool:
+        """Is an evaluation or a save due after this step?"""
+        return step % self.save_steps == 0 or bool(self.do_eval and self.eval_steps and step % self.eval_steps == 0)
 
 
 @dataclass
@@ -185,6 +227,15 @@ class DataTrainingArguments:
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Keep only the first n training rows of tokens."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Keep only the first n evaluation rows of tokens."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data while training instead of preparing it first; needs max_steps."}
+    )
+    shuffle_buffer_size: int = field(
+        default=10_000, metadata={"help": "streaming: texts in a window, whose rows of tokens are shuffled."}
+    )
+    num_eval_samples: int = field(
+        default=50_000, metadata={"help": "streaming: rows of tokens for evaluation, from the beginning, never trained on."}
+    )
     line_by_line: bool = field(
         default=False, metadata={"help": "One text row = one truncated row of tokens; unset: texts are joined and cut."}
     )
@@ -509,7 +560,8 @@ def train_step(
     """One update from a batch of [A, ...] micro-batches; runs on each device with its own rows.
 
     Sums of losses, weights and gradients are added over micro-batches and devices and divided once, so every label counts
-    the same however the rows are spread (metrics: loss per label, its weight, gradient norm before clipping, learning rate).
+    the same however the rows are spread. Metrics: loss per label, its weight, gradient norm before clipping, learning rate;
+    "stop" is above 0 if any process was told to stop, so that all learn it at the same step.
     """
     device_rng = jax.random.fold_in(jax.random.fold_in(dropout_rng, state.step), jax.lax.axis_index("data"))
 
@@ -520,8 +572,8 @@ def train_step(
         return jax.tree.map(jnp.add, sums, (loss, aux["weight"], grads)), None
 
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-    num_micro_batches = len(jax.tree.leaves(batch)[0])
-    sums, _ = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(num_micro_batches), batch))
+    micro_batches = {name: array for name, array in batch.items() if name != "stop"}
+    sums, _ = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(len(batch["stop"])), micro_batches))
     loss, weight, grads = jax.lax.psum(sums, "data")
     grads = jax.tree.map(lambda grad: grad / jnp.maximum(weight, 1), grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -530,14 +582,16 @@ def train_step(
         "weight": weight,
         "grad_norm": optax.global_norm(grads),
         "learning_rate": learning_rate_fn(state.step),
+        "stop": jax.lax.psum(batch["stop"].max(), "data"),
     }
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
 
 def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict[str, jax.Array]:
-    """Sums over the labels of one batch: loss, weight, correct."""
-    loss, aux = loss_fn(params, batch, None, train=False)
-    return jax.lax.psum({"loss": loss, **aux}, "data")
+    """Sums over the labels of one batch: loss, weight, correct; and "stop", above 0 if a process was told to stop."""
+    rows = {name: array for name, array in batch.items() if name != "stop"}
+    loss, aux = loss_fn(params, rows, None, train=False)
+    return jax.lax.psum({"loss": loss, **aux, "stop": batch["stop"].max()}, "data")
 
 
 # ---- Scaffolding: the same in every script -------------------------------------------------------------------------------
@@ -610,6 +664,12 @@ LIMITS = {
     "per_device_eval_batch_size": (1, math.inf),
     "logging_steps": (1, math.inf),
     "save_steps": (1, math.inf),
+    "save_total_limit": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "num_processes": (1, math.inf),
+    "process_id": (0, math.inf),
+    "shuffle_buffer_size": (1, math.inf),
+    "num_eval_samples": (1, math.inf),
     "eval_steps": (1, math.inf),
     "learning_rate": (0, math.inf),
     "weight_decay": (0, math.inf),
@@ -639,16 +699,19 @@ def check_arguments(model_args: ModelArguments, data_args: DataTrainingArguments
                 fail(f"--{name} {value}: must be {'more than 0' if 0 < low < 1e-9 else limits}")
     if training_args.max_steps == 0 or training_args.max_steps < -1:
         fail(f"--max_steps {training_args.max_steps}: must be at least 1, or -1 to train for --num_train_epochs")
+    if training_args.coordinator_address is None and (training_args.num_processes or training_args.process_id) is not None:
+        fail("--num_processes, --process_id: need --coordinator_address host:port, the address of process 0")
+    if training_args.coordinator_address and None in (training_args.num_processes, training_args.process_id):
+        fail("--coordinator_address: needs --num_processes and --process_id too")
     if model_args.dtype == "float16":
         fail("--dtype float16: would need loss scaling, which this script does not do; use bfloat16")
-    if training_args.push_to_hub or training_args.hub_model_id or training_args.hub_token:
-        fail("--push_to_hub: not in this version; train without it, then: hf upload REPOSITORY " + training_args.output_dir)
     check_data_arguments(data_args, training_args.do_train)
     check_model_arguments(model_args)
     if os.path.exists(training_args.output_dir) and not os.path.isdir(training_args.output_dir):
         fail(f"--output_dir {training_args.output_dir}: is a file; name a directory")
     occupied = os.path.isdir(training_args.output_dir) and os.listdir(training_args.output_dir)
-    if training_args.do_train and occupied and not training_args.overwrite_output_dir:
+    may_be_occupied = training_args.overwrite_output_dir or training_args.resume_from_checkpoint
+    if training_args.do_train and occupied and not may_be_occupied:
         fail(f"--output_dir {training_args.output_dir}: is not empty; name another or add --overwrite_output_dir")
 
 
@@ -842,8 +905,11 @@ def apply_config_overrides(config: PretrainedConfig, overrides: str) -> None:
             fail(f"--config_overrides {override}: write key=value")
         if name not in fields:
             fail(f"--config_overrides {key}: is no field of a {config.model_type} configuration")
+        kind = type(fields[name])
+        if kind is int and ("prob" in name or "dropout" in name):
+            kind = float  # some defaults are a plain 0
         try:
-            setattr(config, name, parse_as(type(fields[name]), text))
+            setattr(config, name, parse_as(kind, text))
         except ValueError as error:
             fail(f"--config_overrides {override}: {key} {error}")
         changed.append(config.attribute_map.get(name, name))
@@ -1036,15 +1102,23 @@ class Plan:
     num_steps: int
     num_warmup_steps: int
 
+    def epoch(self, step: int) -> float:
+        """Passes over the data after `step` updates; 0 where its size is not known."""
+        return step / self.steps_per_epoch if self.steps_per_epoch else 0.0
+
     def local_rows(self, batch_size: int) -> slice:
         """Which rows of a batch this process prepares."""
-        size = batch_size // self.num_processes
+        size = self.local_size(batch_size)
         return slice(self.process_index * size, (self.process_index + 1) * size)
+
+    def local_size(self, batch_size: int) -> int:
+        return batch_size // self.num_processes
 
 
 def make_plan(training_args: TrainingArguments, num_train_rows: int, row_length: int) -> Plan:
     """Work out batch sizes and numbers of steps, and refuse what cannot train."""
-    train_batch_size = training_args.per_device_train_batch_size * jax.device_count()
+    micro_batch_size = training_args.per_device_train_batch_size * jax.device_count()
+    train_batch_size = micro_batch_size * training_args.gradient_accumulation_steps
     steps_per_epoch = num_train_rows // train_batch_size
     num_steps = num_warmup_steps = 0
     if training_args.do_train:
@@ -1066,17 +1140,19 @@ def make_plan(training_args: TrainingArguments, num_train_rows: int, row_length:
         process_index=jax.process_index(),
         train_batch_size=train_batch_size,
         eval_batch_size=training_args.per_device_eval_batch_size * jax.device_count(),
-        num_micro_batches=1,
+        num_micro_batches=training_args.gradient_accumulation_steps,
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
         num_warmup_steps=num_warmup_steps,
     )
 
 
-def train_batches(rows: TokenRows, collator: Callable, plan: Plan, seed: int) -> Iterator[dict[str, np.ndarray]]:
+def train_batches(
+    rows: TokenRows, collator: Callable, plan: Plan, seed: int, first_step: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
     """This process's part of every training batch, as arrays [A, ...]; each epoch in a new order, its remainder left out."""
     local, epoch_of_order = plan.local_rows(plan.train_batch_size), None
-    for step in range(plan.num_steps):
+    for step in range(first_step, plan.num_steps):
         epoch, index = divmod(step, plan.steps_per_epoch)
         if epoch != epoch_of_order:
             order, epoch_of_order = host_rng(seed, "order", epoch).permutation(len(rows["input_ids"])), epoch
@@ -1106,15 +1182,28 @@ def eval_batches(rows: TokenRows, collator: Callable, plan: Plan, seed: int) -> 
         )
 
 
+class DeviceBatch(NamedTuple):
+    """A batch on the devices, how many tokens this process put into it, and where in a stream it ends (None: no stream)."""
+
+    arrays: dict[str, jax.Array]
+    num_tokens: int
+    position: dict | None
+
+
 def put_on_devices(
-    batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, spec: PartitionSpec
-) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """Copy batches to the devices, in a background thread, and count their tokens (of this process, without padding)."""
+    batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, spec: PartitionSpec, stop: "StopSignal"
+) -> Iterator[DeviceBatch]:
+    """Copy batches to the devices, in a background thread. Each carries the news whether this process was told to stop."""
     sharding = NamedSharding(mesh, spec)
 
     def put(batch):
+        batch = dict(batch)
+        position = batch.pop("position", None)
+        num_tokens = count_tokens(batch)
+        num_micro_batches = batch["input_ids"].shape[: len(spec) - 1]
+        batch["stop"] = np.full((*num_micro_batches, jax.local_device_count()), stop.requested, np.int32)
         arrays = {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
-        return arrays, count_tokens(batch)
+        return DeviceBatch(arrays, num_tokens, position)
 
     return prefetch(map(put, batches))
 
@@ -1269,10 +1358,57 @@ class Stopwatch:
         self.started = time.monotonic()
 
     def stop(self) -> None:
-        self.total, self.started = self.seconds(), None
+        self.total, self.started = self.seconds(), None  # harmless where it is not running
 
     def seconds(self) -> float:
         return self.total + (0.0 if self.started is None else time.monotonic() - self.started)
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask the run to save and end; a second SIGINT ends it at once."""
+
+    def __init__(self):
+        self.requested, self.previous = 0, {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self.previous[signum] = signal.signal(signum, self.handle)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def check(self, agreed: bool) -> None:
+        """Raise Stopped if all processes agreed to stop; a single process has nobody to ask."""
+        if agreed or (self.requested and jax.process_count() == 1):
+            raise Stopped(self.requested or signal.SIGTERM)
+
+    def handle(self, signum: int, frame) -> None:
+        if self.requested and signum == signal.SIGINT:
+            os._exit(128 + signum)
+        self.requested = signum
+        name = signal.Signals(signum).name
+        logger.warning("%s: finishing the step, then saving. Interrupt again to end at once.", name)
+
+
+class Stopped(Exception):  # noqa: N818 (nothing went wrong)
+    """The run was told to stop, and all processes know it."""
+
+    def __init__(self, signum: int):
+        super().__init__("stopped as asked; to go on, run the same command with --resume_from_checkpoint")
+        self.signum = signum
+
+
+class NonFiniteError(Exception):
+    """A loss or gradient norm that is NaN or infinite: the weights after that step are lost, those saved before are not."""
+
+    def __init__(self, step: int, loss: float, grad_norm: float):
+        super().__init__(
+            f"step {step}: the loss is {loss}, the gradient norm {grad_norm}. Nothing was saved since. Try a lower"
+            " --learning_rate, a longer --warmup_steps, --max_grad_norm 1, or --dtype float32"
+        )
 
 
 class TrainingLog:
@@ -1285,9 +1421,22 @@ class TrainingLog:
         self.args, self.plan, self.writer, self.stopwatch = training_args, plan, writer, stopwatch
         self.pending: tuple | None = None
         self.window: list[dict[str, float]] = []
-        self.window_started = 0.0
-        self.loss_sum = self.weight_sum = self.num_tokens = 0.0
+        self.window_started = self.loss_sum = self.weight_sum = self.num_tokens = 0.0
+        self.stop_agreed = False
         self.bar = progress_bar(total=plan.num_steps, desc="Training", unit="step")
+
+    CARRIED_ON = ("window", "window_started", "loss_sum", "weight_sum", "num_tokens")
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the log, so that a resumed run writes what an uninterrupted one would."""
+        return {name: getattr(self, name) for name in self.CARRIED_ON} | {"train_time": self.stopwatch.seconds()}
+
+    def resume(self, progress: Mapping[str, Any]) -> None:
+        """Take up the log of a checkpoint."""
+        for name in self.CARRIED_ON:
+            setattr(self, name, progress[name])
+        self.stopwatch.total = progress["train_time"]
+        self.bar.update(progress["step"])
 
     def add(self, step: int, metrics: Mapping[str, jax.Array], num_tokens: int) -> None:
         """Take the metrics of a step that has just been dispatched; write those of the step before."""
@@ -1301,6 +1450,9 @@ class TrainingLog:
         step, metrics, num_tokens = self.pending
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        self.stop_agreed = values.pop("stop") > 0
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise NonFiniteError(step, values["loss"], values["grad_norm"])
         self.window.append({"step": step, "tokens": num_tokens * self.plan.num_processes, **values})
         self.bar.update(1)
         first = step == 1 and self.args.logging_first_step
@@ -1317,7 +1469,7 @@ class TrainingLog:
         last = self.window[-1]
         logger.info(
             "step %d of %d (epoch %.2f): loss %.4f, learning rate %.3g, gradient norm %.3g, %s tokens/s",
-            step, self.plan.num_steps, step / self.plan.steps_per_epoch, loss_sum / max(weight_sum, 1),
+            step, self.plan.num_steps, self.plan.epoch(step), loss_sum / max(weight_sum, 1),
             last["learning_rate"], last["grad_norm"], f"{tokens_per_second:,.0f}",
         )  # fmt: skip
         if self.writer:
@@ -1332,8 +1484,6 @@ class TrainingLog:
         self.window, self.window_started = [], seconds
 
     def close(self) -> None:
-        """Write what is left."""
-        self.fetch()
         self.stopwatch.stop()
         self.bar.close()
 
@@ -1341,7 +1491,7 @@ class TrainingLog:
         """train_results.json: totals over the run."""
         seconds = self.stopwatch.seconds()
         return {
-            "epoch": self.plan.num_steps / self.plan.steps_per_epoch,
+            "epoch": self.plan.epoch(self.plan.num_steps),
             "train_loss": self.loss_sum / max(self.weight_sum, 1),
             "train_runtime": seconds,
             "train_samples": num_train_rows,
@@ -1364,28 +1514,27 @@ class Evaluator:
     def __init__(
         self, rows: TokenRows | None, collator: Callable, plan: Plan, seed: int, mesh: Mesh, p_eval_step: CompiledStep
     ):
-        self.rows, self.collator, self.plan, self.seed, self.mesh, self.p_eval_step = (
-            rows,
-            collator,
-            plan,
-            seed,
-            mesh,
-            p_eval_step,
-        )
-        self.num_batches = math.ceil(len(rows["input_ids"]) / plan.eval_batch_size) if rows else 0
-        self.last: tuple[int, dict[str, float]] | None = None
+        self.rows, self.collator, self.plan, self.seed = rows, collator, plan, seed
+        self.mesh, self.p_eval_step = mesh, p_eval_step
+        self.history: dict[int, dict[str, float]] = {}
 
-    def __call__(self, params, step: int, writer: Writer | None) -> dict[str, float]:
-        """Evaluate after `step` updates, unless that is done already; results go to the log and to TensorBoard."""
-        if self.last and self.last[0] == step:
-            return self.last[1]
+    def __call__(self, params, step: int, writer: Writer | None, stop: StopSignal) -> dict[str, float]:
+        """Evaluate after `step` updates, unless that is done already; results go to the log and to TensorBoard.
+
+        Raises:
+            Stopped: the run was told to stop in the middle; the evaluation is left to the resumed run.
+        """
+        if step in self.history:
+            return self.history[step]
         totals: dict[str, float] = {}
         pending: Mapping[str, jax.Array] = {}
         batches = eval_batches(self.rows, self.collator, self.plan, self.seed)
-        with progress_bar(total=self.num_batches, desc="Evaluating", unit="batch") as bar:
-            for batch, _ in put_on_devices(batches, self.mesh, PartitionSpec("data")):
-                done, pending = pending, self.p_eval_step(params, batch)
+        num_batches = math.ceil(len(self.rows["input_ids"]) / self.plan.eval_batch_size)
+        with progress_bar(total=num_batches, desc="Evaluating", unit="batch") as bar:
+            for batch in put_on_devices(batches, self.mesh, PartitionSpec("data"), stop):
+                done, pending = pending, self.p_eval_step(params, batch.arrays)
                 totals = add_sums(totals, done)  # fetched one batch late, so that the devices don't wait
+                stop.check(totals.get("stop", 0) > 0)
                 bar.update(1)
         metrics = eval_metrics(add_sums(totals, pending))
         logger.info("evaluation at step %d: %s", step, ", ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items()))
@@ -1393,7 +1542,7 @@ class Evaluator:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, step)
             writer.flush()
-        self.last = (step, metrics)
+        self.history[step] = metrics
         return metrics
 
 
@@ -1404,32 +1553,58 @@ def add_sums(totals: Mapping[str, float], sums: Mapping[str, jax.Array]) -> dict
 
 def train(
     state: TrainState,
-    batches: Iterable[tuple[dict[str, jax.Array], int]],
+    batches: Iterable[DeviceBatch],
     p_train_step: CompiledStep,
     dropout_rng: jax.Array,
     training_args: TrainingArguments,
     log: TrainingLog,
     evaluator: Evaluator,
-    save: Callable[[Any], None],
+    saver: "Saver",
+    stop: StopSignal,
 ) -> TrainState:
-    """The training loop. One compiled call per step; then log, evaluate and save, each when it is due."""
-    for step, (batch, num_tokens) in enumerate(batches, start=1):
-        if p_train_step.compiled is None:
-            p_train_step.compile(state, batch, dropout_rng)
-            log.stopwatch.start()
-        state, metrics = p_train_step(state, batch, dropout_rng)
-        log.add(step, metrics, num_tokens)
-        evaluate_now = training_args.do_eval and training_args.eval_steps and step % training_args.eval_steps == 0
-        save_now = step % training_args.save_steps == 0 and step < log.plan.num_steps  # the end is saved by main
-        if evaluate_now or save_now:
-            log.fetch()
-            log.stopwatch.stop()
-            if evaluate_now:
-                evaluator(state.params, step, log.writer)
-            if save_now:
-                save(params=state.params)
-            log.stopwatch.start()
-    log.close()
+    """The training loop. One compiled call per step; then log, evaluate and save, each when it is due.
+
+    Raises:
+        Stopped: the run was told to stop; its state is saved.
+        NonFiniteError: training diverged.
+    """
+    step, position = int(state.step), saver.resumed_position
+
+    def evaluate_if_due():
+        if training_args.do_eval and training_args.eval_steps and step % training_args.eval_steps == 0 and step > 0:
+            evaluator(state.params, step, log.writer, stop)
+
+    def save():
+        progress = log.progress() | {"position": position, "evaluations": evaluator.history}
+        saver.save(step, state, progress)
+
+    try:
+        evaluate_if_due()  # where a resumed run was stopped in an evaluation
+        for batch in batches:
+            if p_train_step.compiled is None:
+                p_train_step.compile(state, batch.arrays, dropout_rng)
+                log.stopwatch.start()
+            stop.check(log.stop_agreed)
+            state, metrics = p_train_step(state, batch.arrays, dropout_rng)
+            step, position = step + 1, batch.position
+            log.add(step, metrics, batch.num_tokens)
+            if training_args.pauses_after(step):
+                log.fetch()
+                log.stopwatch.stop()
+                evaluate_if_due()
+                if step % training_args.save_steps == 0 and step < log.plan.num_steps:
+                    save()
+                log.stopwatch.start()
+        log.fetch()
+    except Stopped:
+        log.fetch()
+        log.stopwatch.stop()
+        save()
+        saver.wait()
+        raise
+    finally:
+        log.close()
+    save()
     return state
 
 
@@ -1441,12 +1616,182 @@ def prepare_output_dir(training_args: TrainingArguments) -> None:
             pass
     except OSError as error:
         fail(f"--output_dir {training_args.output_dir}: cannot be written to: {error.strerror}")
-    stale = ["eval_results.json", "run_info.json"]
+    stale = ["eval_results.json", "run_info.json", f"*{TEMPORARY_SUFFIX}", ".saving-*"]
     if training_args.do_train:
-        stale += ["train_results.json", "events.out.tfevents.*"]
+        stale.append("train_results.json")
+        if not training_args.resume_from_checkpoint:
+            stale += ["events.out.tfevents.*", "checkpoint-*"]
     for pattern in stale:
         for path in Path(training_args.output_dir).glob(pattern):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+class Saver:
+    """Writes training state and model in the background, one save at a time; uploads follow if there is a Hub.
+
+    The training state goes to `checkpoint-<step>`, complete or not at all, and the newest `save_total_limit` are kept.
+    """
+
+    def __init__(
+        self,
+        training_args: TrainingArguments,
+        model: FlaxPreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        identity: Mapping[str, Any],
+    ):
+        self.args, self.model, self.tokenizer, self.identity = training_args, model, tokenizer, identity
+        self.checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self.executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="save")
+        self.job: concurrent.futures.Future | None = None
+        self.saved_step: int | None = None
+        self.resumed_position: dict | None = None
+        self.failed = False
+
+    def save(self, step: int, state: TrainState, progress: Mapping[str, Any]) -> None:
+        """Copy the state, then write it in the background. A failure is reported; what was saved before stays."""
+        if step == self.saved_step:
+            return
+        self.wait()
+        self.saved_step, self.failed = step, False
+        logger.info("Saving step %d to %s", step, self.args.output_dir)
+        path = os.path.abspath(checkpoint_path(self.args.output_dir, step))
+        progress = dict(progress) | {"step": step, "identity": self.identity}
+        contents = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
+        try:
+            self.checkpointer.save(path, args=contents, force=True)
+            # The next step overwrites the arrays in place, so the writer needs a copy.
+            params = jax.tree.map(lambda array: np.array(array.addressable_data(0)), state.params)
+            self.job = self.executor.submit(self.write, params)
+        except Exception as error:
+            self.report_failure(error)
+
+    def write(self, params) -> None:
+        if jax.process_index() == 0:
+            save_model(self.args.output_dir, self.model, params, self.tokenizer, self.args.save_safetensors)
+        self.checkpointer.wait_until_finished()
+        if jax.process_index() == 0:
+            for _, path in find_checkpoints(self.args.output_dir)[self.args.save_total_limit :]:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def wait(self) -> None:
+        """Wait until the last save is on disk."""
+        try:
+            if self.job:
+                self.job.result()
+        except Exception as error:
+            self.report_failure(error)
+        self.job = None
+
+    def report_failure(self, error: Exception) -> None:
+        self.failed = True
+        reason = "no space left on the device" if "No space left" in str(error) else first_line(error)
+        logger.error("Step %d could not be saved: %s. What was saved before is untouched.", self.saved_step, reason)
+        shutil.rmtree(checkpoint_path(self.args.output_dir, self.saved_step) + TEMPORARY_SUFFIX, ignore_errors=True)
+
+
+TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"  # of a checkpoint that is being written
+
+
+def checkpoint_path(output_dir: str, step: int) -> str:
+    return os.path.join(output_dir, f"checkpoint-{step}")
+
+
+def find_checkpoints(directory: str) -> list[tuple[int, str]]:
+    """The complete checkpoints of a directory, (step, path), newest first."""
+    found = (re.fullmatch(r"checkpoint-(\d+)", name) for name in os.listdir(directory))
+    return sorted(((int(match[1]), os.path.join(directory, match[0])) for match in found if match), reverse=True)
+
+
+def restore_checkpoint(
+    resume_from: str, output_dir: str, state: TrainState, identity: Mapping[str, Any]
+) -> tuple[TrainState, dict[str, Any]]:
+    """Read the checkpoint to go on from, (state, progress); where the newest is damaged, the one before it."""
+    source = os.path.abspath(output_dir if resume_from == "latest" else resume_from)
+    if not os.path.isdir(source):
+        fail(f"--resume_from_checkpoint {source}: no such directory")
+    paths = [source] if os.path.isdir(os.path.join(source, "state")) else [path for _, path in find_checkpoints(source)]
+    if not paths:
+        fail(f"--resume_from_checkpoint: there is no checkpoint in {source}; leave the flag out to start anew")
+    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    for path in paths:
+        try:
+            progress = checkpointer.restore(path, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+            check_identity(progress["identity"], identity, path)
+            contents = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            return checkpointer.restore(path, args=contents)["state"], progress
+        except Exception as error:
+            logger.warning("%s is damaged and passed over: %s", path, first_line(error))
+    fail(f"--resume_from_checkpoint: no checkpoint in {source} can be read; leave the flag out to start anew")
+
+
+# Flags that a resumed run may change: they decide what is written, where and when, not what is computed.
+FREE_FLAGS = {
+    "output_dir", "overwrite_output_dir", "do_train", "do_eval", "per_device_eval_batch_size", "logging_steps",
+    "logging_first_step", "save_steps", "save_total_limit", "save_safetensors", "eval_steps", "resume_from_checkpoint",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "multihost", "coordinator_address", "num_processes",
+    "process_id", "cache_dir", "overwrite_cache", "preprocessing_num_workers", "max_eval_samples", "trust_remote_code",
+    "validation_file", "validation_ref_file",
+    # Compared by what they yield: rows of tokens, a configuration, the size of a batch.
+    "train_file", "train_ref_file", "dataset_name", "dataset_config_name", "config_name", "config_overrides",
+    "model_name_or_path", "model_type", "tokenizer_name", "use_fast_tokenizer", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "num_train_epochs", "max_steps", "warmup_steps", "warmup_ratio",
+}  # fmt: skip
+
+
+def run_identity(arguments: Sequence[Any], config: PretrainedConfig, plan: Plan, data: Any) -> dict[str, Any]:
+    """Everything that a run's result follows from, by a name that a person understands."""
+    flags = {f"--{name}": value for name, value in public_arguments(*arguments).items() if name not in FREE_FLAGS}
+    configuration = {
+        f"the configuration's {name}": value
+        for name, value in json.loads(config.to_json_string(use_diff=False)).items()
+        if name not in ("transformers_version", "_name_or_path", "architectures", "torch_dtype", "dtype")
+    }
+    return {
+        **flags,
+        **configuration,
+        "the number of steps (--max_steps, --num_train_epochs)": plan.num_steps,
+        "the number of warmup steps (--warmup_steps, --warmup_ratio)": plan.num_warmup_steps,
+        "the batch size (--per_device_train_batch_size x devices x --gradient_accumulation_steps)": plan.train_batch_size,
+        "the training data (checksum)": data,
+    }
+
+
+def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any], path: str) -> None:
+    """Refuse to go on with other settings than those the checkpoint was made with."""
+    for name in current.keys() | saved.keys():
+        if saved.get(name) != current.get(name):
+            fail(
+                f"{name} is {current.get(name)}, but {path} was made with {saved.get(name)}: going on would not give what an"
+                " uninterrupted run gives; restore it, or start anew without --resume_from_checkpoint"
+            )
+
+
+def data_checksum(rows: TokenRows) -> int:
+    """A checksum of the number of rows and of up to a thousand of them."""
+    checksum = 0
+    for name, array in sorted(rows.items()):
+        sample = np.asarray(array[:: max(1, len(array) // 1000)])
+        checksum = zlib.crc32(sample.tobytes(), zlib.crc32(f"{name} {array.shape}".encode(), checksum))
+    return checksum
+
+
+def open_writer(output_dir: str, progress: Mapping[str, Any] | None) -> Writer:
+    """The TensorBoard writer; what an interrupted run wrote after the checkpoint that is resumed from is struck out."""
+    first, evaluations = 0, {}
+    if progress:
+        window = progress["window"]
+        first = window[0]["step"] if window else progress["step"] + 1  # points before it are written, those from it on not yet
+        evaluations = {int(step): metrics for step, metrics in progress["evaluations"].items() if int(step) >= first}
+    # TensorBoard drops points from this step on at every session start but the first, so a fresh run needs one too.
+    events = EventFileWriter(output_dir)
+    events.add_event(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
+    events.close()
+    writer = Writer(output_dir)
+    for step, metrics in evaluations.items():
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+    return writer
 
 
 def save_model(
@@ -1456,14 +1801,13 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     save_safetensors: bool,
 ) -> None:
-    """Write configuration, tokenizer and weights; each file appears whole or not at all, and replaces the one before."""
-    host_params = jax.device_get(params)
+    """Write configuration, tokenizer and weights (NumPy arrays); each file appears whole or not at all."""
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as staging:
         tokenizer.save_pretrained(staging)
-        model.save_pretrained(staging, params=host_params)
+        model.save_pretrained(staging, params=params)
         if save_safetensors:
             path = os.path.join(staging, "model.safetensors")
-            save_file(pytorch_state_dict(host_params), path, metadata={"format": "pt"})
+            save_file(pytorch_state_dict(params), path, metadata={"format": "pt"})
             shutil.copymode(os.path.join(staging, "config.json"), path)  # safetensors keeps others from reading it
         for name in sorted(os.listdir(staging)):
             os.replace(os.path.join(staging, name), os.path.join(output_dir, name))
@@ -1520,6 +1864,41 @@ def run_info(*arguments: Any) -> dict[str, Any]:
     }
 
 
+def compile_steps(
+    model: FlaxPreTrainedModel, training_args: TrainingArguments, plan: Plan, mesh: Mesh
+) -> tuple[CompiledStep | None, CompiledStep, optax.GradientTransformation | None]:
+    """The programs of this run, compiled when first called: (training step, evaluation step, optimizer)."""
+    everywhere, per_row, per_micro_batch = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
+    model_loss_fn = functools.partial(loss_fn, model=model)
+    eval_step_fn = functools.partial(eval_step, loss_fn=model_loss_fn)
+    p_eval_step = CompiledStep("evaluation", eval_step_fn, mesh, (everywhere, per_row))
+    if not training_args.do_train:
+        return None, p_eval_step, None
+    learning_rate_fn = make_learning_rate(training_args, plan)
+    optimizer = make_optimizer(training_args, learning_rate_fn)
+    step_fn = functools.partial(train_step, loss_fn=model_loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)
+    p_train_step = CompiledStep("training", step_fn, mesh, (everywhere, per_micro_batch, everywhere), donate_argnums=(0,))
+    return p_train_step, p_eval_step, optimizer
+
+
+def start_or_resume(
+    params,
+    optimizer: optax.GradientTransformation,
+    training_args: TrainingArguments,
+    identity: Mapping[str, Any],
+    mesh: Mesh,
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """The state to train from, on every device; with a checkpoint also the progress it holds."""
+    create = functools.partial(create_train_state, optimizer=optimizer)
+    state = jax.jit(create, out_shardings=NamedSharding(mesh, PartitionSpec()), donate_argnums=0)(params)
+    if not training_args.resume_from_checkpoint:
+        return state, None
+    resume_from = training_args.resume_from_checkpoint
+    state, progress = restore_checkpoint(resume_from, training_args.output_dir, state, identity)
+    logger.info("Resuming after step %d", progress["step"])
+    return state, progress
+
+
 def log_plan(plan: Plan, num_rows: Mapping[str, int], row_length: int, params) -> None:
     """Say what is about to happen, derived sizes first."""
     num_params = sum(array.size for array in jax.tree.leaves(params))
@@ -1534,6 +1913,32 @@ def log_plan(plan: Plan, num_rows: Mapping[str, int], row_length: int, params) -
         )  # fmt: skip
     if "validation" in num_rows:
         logger.info("Evaluation: %s rows, %d rows per batch", f"{num_rows['validation']:,}", plan.eval_batch_size)
+
+
+def initialize_distributed(training_args: TrainingArguments) -> None:
+    """Join the other processes, if this run has several. Must come before anything else touches a device."""
+    if not (training_args.multihost or training_args.coordinator_address):
+        return
+    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    address = training_args.coordinator_address
+    try:
+        jax.distributed.initialize(address, training_args.num_processes, training_args.process_id)
+    except (ValueError, RuntimeError) as error:
+        fail(f"--multihost: the processes do not find each other: {first_line(error)}")
+    logger.info("Process %d of %d, with %d device(s)", jax.process_index(), jax.process_count(), jax.local_device_count())
+    if jax.process_index() > 0:
+        logger.setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def main_process_first():
+    """Let process 0 go through first, so that the others find what it put into a cache they share."""
+    if jax.process_count() > 1 and jax.process_index() > 0:
+        multihost_utils.sync_global_devices("process 0 first")
+    yield
+    if jax.process_count() > 1 and jax.process_index() == 0:
+        multihost_utils.sync_global_devices("process 0 first")
 
 
 # ---- Main ----------------------------------------------------------------------------------------------------------------
@@ -1555,52 +1960,62 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     rows = limit_rows(tokenize_and_group(raw_datasets, tokenizer, data_args, model_args.cache_dir, row_length), data_args)
     num_rows = {split: len(columns["input_ids"]) for split, columns in rows.items()}
 
-    # Sizes, weights, and the two compiled programs.
+    # Sizes, weights, and the compiled programs.
     plan = make_plan(training_args, num_rows.get("train", 0), row_length)
     prepare_output_dir(training_args)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     model, params = load_params(config, model_args, training_args, mesh)
     log_plan(plan, num_rows, row_length, params)
-    model_loss_fn = functools.partial(loss_fn, model=model)
-    everywhere, per_row, per_micro_batch = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
-    eval_step_fn = functools.partial(eval_step, loss_fn=model_loss_fn)
-    p_eval_step = CompiledStep("evaluation", eval_step_fn, mesh, (everywhere, per_row))
-
-    # Train, save, evaluate.
+    p_train_step, p_eval_step, optimizer = compile_steps(model, training_args, plan, mesh)
     collator = Collator(tokenizer, data_args, row_length)
-    writer = Writer(training_args.output_dir)
     evaluator = Evaluator(rows.get("validation"), collator, plan, training_args.seed, mesh, p_eval_step)
-    save = functools.partial(
-        save_model, training_args.output_dir, model, tokenizer=tokenizer, save_safetensors=training_args.save_safetensors
-    )
-    results: dict[str, float] = {}
     write_json(os.path.join(training_args.output_dir, "run_info.json"), run_info(*arguments))
-    with logging_redirect_tqdm([logger] if sys.stderr.isatty() else []):
+
+    results: dict[str, float] = {}
+    with StopSignal() as stop, logging_redirect_tqdm([logger] if sys.stderr.isatty() else []):
         if training_args.do_train:
-            learning_rate_fn = make_learning_rate(training_args, plan)
-            optimizer = make_optimizer(training_args, learning_rate_fn)
-            step_fn = functools.partial(
-                train_step, loss_fn=model_loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn
-            )
-            p_train_step = CompiledStep("training", step_fn, mesh, (everywhere, per_micro_batch, everywhere), (0,))
-            state = create_train_state(params, optimizer)
-            batches = train_batches(rows["train"], collator, plan, training_args.seed)
-            batches = put_on_devices(batches, mesh, per_micro_batch)
+            identity = run_identity(arguments, config, plan, data_checksum(rows["train"]))
+            saver = Saver(training_args, model, tokenizer, identity)
+            state, progress = start_or_resume(params, optimizer, training_args, identity, mesh)
+            del params
+            writer = open_writer(training_args.output_dir, progress)
             log = TrainingLog(training_args, plan, writer, Stopwatch())
+            if progress:
+                log.resume(progress)
+                evaluator.history = {int(step): metrics for step, metrics in progress["evaluations"].items()}
+            batches = train_batches(rows["train"], collator, plan, training_args.seed, first_step=int(state.step))
+            batches = put_on_devices(batches, mesh, PartitionSpec(None, "data"), stop)
             dropout_rng = device_rng(training_args.seed, "dropout", impl="rbg")
-            state = train(state, batches, p_train_step, dropout_rng, training_args, log, evaluator, save)
+            state = train(state, batches, p_train_step, dropout_rng, training_args, log, evaluator, saver, stop)
             params = state.params
-            logger.info("Saving to %s", training_args.output_dir)
-            save(params=params)
+            saver.wait()
             results |= log.results(num_rows["train"])
             write_json(os.path.join(training_args.output_dir, "train_results.json"), results)
+        else:
+            writer = Writer(training_args.output_dir)
         if training_args.do_eval:
-            metrics = evaluator(params, plan.num_steps, writer)
+            metrics = evaluator(params, plan.num_steps, writer, stop)
             write_json(os.path.join(training_args.output_dir, "eval_results.json"), metrics)
             results |= metrics
-    writer.close()
+        writer.close()
     return results
 
 
+def run() -> int:
+    """main() as a program: exit status 0, or what went wrong in one line."""
+    try:
+        main()
+    except Stopped as stopped:
+        print(f"{Path(__file__).name}: {stopped}", file=sys.stderr)
+        return 128 + stopped.signum
+    except NonFiniteError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{Path(__file__).name}: interrupted before training began; nothing to save", file=sys.stderr)
+        return 130
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(run())

@@ -60,6 +60,7 @@ def make_batches(args) -> tuple[dict, dict]:
     positions = labelled["label_positions"][counted]
     labels[positions], weights[positions] = labelled["labels"][counted], 1
     everywhere = {name: labelled[name] for name in ("input_ids", "attention_mask")}
+    labelled["stop"] = everywhere["stop"] = np.zeros(1, np.int32)
     everywhere |= {"labels_BT": labels.reshape(ids.shape), "weights_BT": weights.reshape(ids.shape)}
     return tuple({name: jnp.asarray(array)[None] for name, array in batch.items()} for batch in (labelled, everywhere))
 

@@ -51,7 +51,6 @@ def mistake(error_of):
         (["--max_train_samples", 0], "--max_train_samples 0: must be at least 1"),
         (["--dtype", "float16"], "--dtype float16: would need loss scaling"),
         (["--dtype", "float64"], "--dtype"),
-        (["--push_to_hub"], "--push_to_hub: not in this version; train without it, then: hf upload"),
         (["--seed", -1], "--seed -1: must be between 0 and"),
         (["--lr_scheduler_type", "exponential"], "--lr_scheduler_type"),
         (["--learning_rate", "fast"], "--learning_rate"),

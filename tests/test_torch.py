@@ -33,7 +33,9 @@ def test_logits_agree(model_type, byte_level_tokenizer, corpus, tmp_path):
     (tmp_path / "out" / "config.json").write_bytes((tmp_path / "flax" / "config.json").read_bytes())
     flax_model = FlaxAutoModelForMaskedLM.from_pretrained(tmp_path / "flax")
     torch_model, info = AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(info.values()), info
+    computed = {"roformer.encoder.embed_positions.weight"}  # sinusoids: no weights in Flax, filled in by PyTorch
+    assert not set(info["missing_keys"]) - computed
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
     assert torch_model.dtype == torch.float32
 
     ids = np.random.default_rng(0).integers(5, 509, (3, 24))
