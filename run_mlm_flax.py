@@ -18,10 +18,12 @@ each flag does and which results were reached; the part to change for an objecti
 
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
 import glob
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -44,6 +46,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import datasets
+import datasets.distributed
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -253,6 +256,8 @@ def check_objective_arguments(data_args: DataTrainingArguments, model_args: Mode
         fail(f"--mlm_probability {data_args.mlm_probability}: must lie between 0 and 1, both excluded")
     if data_args.whole_word_mask and not model_args.use_fast_tokenizer:
         fail("--whole_word_mask: needs the fast tokenizer's character offsets; drop --no_use_fast_tokenizer")
+    if data_args.streaming and data_args.train_ref_file:
+        fail("--train_ref_file: not with --streaming, which does not know the row of a text")
     for name in ("train_ref_file", "validation_ref_file"):
         text_file = name.replace("ref_", "")
         if getattr(data_args, name) and not data_args.whole_word_mask:
@@ -284,18 +289,12 @@ def tokenize_and_group(
     truncated and padded; else all texts are joined and cut into full rows, only the last of which is padded. With
     `whole_word_mask` a second column, `word_starts`, is 1 where a word begins.
     """
-    columns = {"input_ids": tokenizer.pad_token_id} | ({"word_starts": 1} if data_args.whole_word_mask else {})
+    columns = row_columns(tokenizer, data_args)
     rows = {}
     for split, dataset in raw_datasets.items():
         text_column = find_text_column(dataset, data_args.text_column_name)
         tokenized = dataset.map(
-            functools.partial(
-                tokenize_texts,
-                tokenizer=tokenizer,
-                text_column=text_column,
-                max_length=max_seq_length if data_args.line_by_line else None,
-                with_word_starts=data_args.whole_word_mask,
-            ),
+            make_tokenize_fn(tokenizer, data_args, text_column, max_seq_length),
             batched=True,
             num_proc=data_args.preprocessing_num_workers,
             remove_columns=dataset.column_names,
@@ -311,6 +310,24 @@ def tokenize_and_group(
         else:
             rows[split] = cut_rows(tokenized, columns, max_seq_length, cache_dir)
     return rows
+
+
+def row_columns(tokenizer: PreTrainedTokenizerBase, data_args: DataTrainingArguments) -> dict[str, int]:
+    """The columns that rows of tokens have, with what fills them up."""
+    return {"input_ids": tokenizer.pad_token_id} | ({"word_starts": 1} if data_args.whole_word_mask else {})
+
+
+def make_tokenize_fn(
+    tokenizer: PreTrainedTokenizerBase, data_args: DataTrainingArguments, text_column: str, max_seq_length: int
+) -> Callable[[Mapping[str, list]], dict[str, list]]:
+    """What turns a batch of texts into a list of tokens per text and column."""
+    return functools.partial(
+        tokenize_texts,
+        tokenizer=tokenizer,
+        text_column=text_column,
+        max_length=max_seq_length if data_args.line_by_line else None,
+        with_word_starts=data_args.whole_word_mask,
+    )
 
 
 def tokenize_texts(
@@ -703,6 +720,10 @@ def check_arguments(model_args: ModelArguments, data_args: DataTrainingArguments
         fail("--num_processes, --process_id: need --coordinator_address host:port, the address of process 0")
     if training_args.coordinator_address and None in (training_args.num_processes, training_args.process_id):
         fail("--coordinator_address: needs --num_processes and --process_id too")
+    if data_args.streaming and training_args.do_train and training_args.max_steps < 1:
+        fail("--streaming: needs --max_steps, since the length of a stream is not known")
+    if data_args.streaming and data_args.max_train_samples:
+        fail("--max_train_samples: not with --streaming; --max_steps says how much is trained on")
     if model_args.dtype == "float16":
         fail("--dtype float16: would need loss scaling, which this script does not do; use bfloat16")
     check_data_arguments(data_args, training_args.do_train)
@@ -814,6 +835,23 @@ def load_named_dataset(data_args: DataTrainingArguments, model_args: ModelArgume
     if "train" not in splits and "validation" not in splits:
         fail(f"--dataset_name {name}: has neither a train nor a validation split, only {', '.join(splits)}")
     return splits
+
+
+def prepare_data(
+    data_args: DataTrainingArguments,
+    model_args: ModelArguments,
+    training_args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    row_length: int,
+) -> tuple["TextStream | None", dict[str, "TokenRows"]]:
+    """The rows of tokens of each split; with `streaming` a stream stands for those of training."""
+    if data_args.streaming:
+        stream, rows = stream_data(data_args, model_args, training_args, tokenizer, row_length)
+    else:
+        with main_process_first():
+            raw_datasets = load_raw_datasets(data_args, model_args, training_args)
+            stream, rows = None, tokenize_and_group(raw_datasets, tokenizer, data_args, model_args.cache_dir, row_length)
+    return stream, limit_rows(rows, data_args)
 
 
 def draw_validation_split(dataset: datasets.Dataset, percentage: int, seed: int) -> dict[str, datasets.Dataset]:
@@ -1060,6 +1098,198 @@ def limit_rows(rows: Mapping[str, TokenRows], data_args: DataTrainingArguments) 
     return {split: {name: array[: limits[split]] for name, array in columns.items()} for split, columns in rows.items()}
 
 
+class TextStream:
+    """Rows of tokens from a stream of texts, shuffled window by window; exact to resume, and no more memory than a window.
+
+    A window is `shuffle_buffer_size` texts: they are tokenised, joined to the tokens that the window before left over, cut
+    into rows, and the rows permuted by (seed, epoch, window). A position is JSON: the state of the dataset at the window's
+    start, the left-over tokens, and the number of the window's rows that are used up. Each process has a shard of the texts.
+    """
+
+    def __init__(
+        self,
+        open_dataset: Callable[[], datasets.IterableDataset],
+        tokenize_fn: Callable[[Mapping[str, list]], Mapping[str, list]],
+        text_column: str,
+        columns: Mapping[str, int],
+        row_length: int,
+        data_args: DataTrainingArguments,
+        seed: int,
+    ):
+        self.open_dataset, self.tokenize_fn, self.text_column = open_dataset, tokenize_fn, text_column
+        self.columns, self.row_length, self.line_by_line = columns, row_length, data_args.line_by_line
+        self.window_size, self.seed = data_args.shuffle_buffer_size, seed
+
+    def make_rows(self, texts: list[str], carried: Mapping[str, list[int]]) -> tuple[TokenRows, dict[str, list[int]]]:
+        """Tokenise texts into full rows, and what is left over."""
+        tokenized = self.tokenize_fn({self.text_column: texts})
+        rows, left_over = {}, {}
+        for name, padding in self.columns.items():
+            if self.line_by_line:
+                rows[name] = np.full((len(tokenized[name]), self.row_length), padding, np.int32)
+                for row, values in zip(rows[name], tokenized[name], strict=True):
+                    row[: len(values)] = values
+                continue
+            parts = [np.asarray(part, np.int32) for part in (carried.get(name, []), *tokenized[name])]
+            flat = np.concatenate(parts)
+            end = len(flat) // self.row_length * self.row_length
+            rows[name], left_over[name] = flat[:end].reshape(-1, self.row_length), flat[end:].tolist()
+        return rows, left_over
+
+    def first_rows(self, num_rows: int) -> tuple[TokenRows, int]:
+        """The first rows, unshuffled, and the number of texts they took: what evaluation holds out."""
+        parts, carried, num_texts, found = [], {}, 0, 0
+        texts = iter(self.open_dataset())
+        while found < num_rows:
+            batch = [example[self.text_column] for example in itertools.islice(texts, 100)]
+            if not batch:
+                break
+            part, carried = self.make_rows(batch, carried)
+            parts.append(part)
+            num_texts, found = num_texts + len(batch), found + len(part["input_ids"])
+        return {name: np.concatenate([part[name] for part in parts])[:num_rows] for name in self.columns}, num_texts
+
+    def windows(self, position: Mapping[str, Any] | None) -> Iterator[tuple[TokenRows, dict[str, Any]]]:
+        """Windows without end, epoch after epoch, each with the position of its start."""
+        dataset = self.open_dataset()
+        if position:
+            dataset.load_state_dict(position["dataset"])
+            epoch, window, carried = position["epoch"], position["window"], position["carried"]
+        else:
+            epoch, window, carried = 0, 0, {}
+        while True:
+            texts, first_window = iter(dataset), window
+            while True:
+                start = {"dataset": copy.deepcopy(dataset.state_dict()), "epoch": epoch, "window": window, "carried": carried}
+                batch = [example[self.text_column] for example in itertools.islice(texts, self.window_size)]
+                if not batch:
+                    break
+                rows, carried = self.make_rows(batch, carried)
+                order = host_rng(self.seed, "window", epoch, window, jax.process_index())
+                order = order.permutation(len(rows["input_ids"]))
+                yield {name: array[order] for name, array in rows.items()}, start
+                window += 1
+            if window == first_window == 0:
+                raise ValueError("no text is left to train on: lower --num_eval_samples or give more text")
+            dataset, epoch, window = self.open_dataset(), epoch + 1, 0
+
+    def batches(
+        self, collator: Callable, plan: "Plan", first_step: int, position: Mapping[str, Any] | None
+    ) -> Iterator[dict[str, Any]]:
+        """This process's part of every training batch, as `train_batches` gives it, with the position behind it."""
+        local = plan.local_rows(plan.train_batch_size)
+        num_rows, rows_used = local.stop - local.start, position["rows_used"] if position else 0
+        windows = prefetch(self.windows(position), depth=1)
+        rows, start = next(windows)
+        for step in range(first_step, plan.num_steps):
+            parts, missing = [], num_rows
+            while missing:
+                if rows_used == len(rows["input_ids"]):
+                    (rows, start), rows_used = next(windows), 0
+                part = {name: array[rows_used : rows_used + missing] for name, array in rows.items()}
+                taken = len(part["input_ids"])
+                parts, missing, rows_used = [*parts, part], missing - taken, rows_used + taken
+            batch = collator(
+                {name: np.concatenate([part[name] for part in parts]) for name in self.columns},
+                row_uniforms(self.seed, ("noise", step), local.start, num_rows, collator.draws_per_row),
+                np.ones(num_rows, bool),
+                plan.num_micro_batches * plan.num_local_devices,
+            )
+            batch = {name: array.reshape(plan.num_micro_batches, -1, *array.shape[1:]) for name, array in batch.items()}
+            yield batch | {"position": start | {"rows_used": rows_used}}
+
+
+def open_text_stream(
+    split: str, data_args: DataTrainingArguments, model_args: ModelArguments, num_skipped: int = 0
+) -> datasets.IterableDataset | None:
+    """This process's shard of a split as a stream, without its first texts; None if there is no such split."""
+    path = getattr(data_args, f"{split}_file")
+    options = {"split": split, "streaming": True, "cache_dir": model_args.cache_dir, "token": model_args.token}
+    try:
+        if data_args.dataset_name:
+            if split not in datasets.get_dataset_split_names(
+                data_args.dataset_name, data_args.dataset_config_name, token=model_args.token
+            ):
+                return None
+            dataset = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **options)
+        elif path:
+            dataset = datasets.load_dataset(data_loader_of(path), data_files={split: glob.escape(path)}, **options)
+        else:
+            return None
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        fail(f"{f'--{split}_file {path}' if path else f'--dataset_name {data_args.dataset_name}'}: {first_line(error)}")
+    dataset = datasets.distributed.split_dataset_by_node(dataset, jax.process_index(), jax.process_count())
+    return dataset.skip(num_skipped) if num_skipped else dataset
+
+
+def stream_data(
+    data_args: DataTrainingArguments,
+    model_args: ModelArguments,
+    training_args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    row_length: int,
+) -> tuple[TextStream | None, dict[str, TokenRows]]:
+    """The training stream and the evaluation rows; without validation data these come from the beginning of the stream.
+
+    They are held out also without do_eval, so that a later evaluation meets what was never trained on.
+    """
+    streams = {split: open_text_stream(split, data_args, model_args) for split in ("train", "validation")}
+    source = streams["validation"] or streams["train"]
+    try:
+        example = datasets.Dataset.from_list([next(iter(source))])
+    except (StopIteration, datasets.exceptions.DatasetsError, ValueError) as error:
+        fail(f"the data cannot be streamed: {first_line(error)}")
+    text_column = find_text_column(example, data_args.text_column_name)
+    make_stream = functools.partial(
+        TextStream,
+        tokenize_fn=make_tokenize_fn(tokenizer, data_args, text_column, row_length),
+        text_column=text_column,
+        columns=row_columns(tokenizer, data_args),
+        row_length=row_length,
+        data_args=data_args,
+        seed=training_args.seed,
+    )
+    rows, num_held_out = {}, 0
+    split = "validation" if streams["validation"] else "train"
+    if training_args.do_eval or split == "train":
+        wanted = data_args.num_eval_samples
+        logger.info("Reading %d rows of tokens for evaluation", wanted)
+        share = math.ceil(wanted / jax.process_count())
+        found, num_texts = make_stream(functools.partial(open_text_stream, split, data_args, model_args)).first_rows(share)
+        if len(found["input_ids"]) < share and split == "train":
+            fail(f"--num_eval_samples {wanted}: all the data gives only {len(found['input_ids'])} rows; lower it")
+        rows = {"validation": gather_rows(found)}
+        num_held_out = num_texts if split == "train" else 0
+    if not training_args.do_train:
+        return None, rows
+    return make_stream(functools.partial(open_text_stream, "train", data_args, model_args, num_held_out)), rows
+
+
+def stream_name(data_args: DataTrainingArguments) -> str:
+    """What stands for the data of a stream, whose checksum is not known, when a run is resumed."""
+    name = data_args.dataset_name or os.path.basename(data_args.train_file)
+    return f"{name} {data_args.dataset_config_name or ''}, read by {jax.process_count()} process(es)"
+
+
+def gather_json(value: Any) -> list[Any]:
+    """The values of all processes, in order, on each of them."""
+    if jax.process_count() == 1:
+        return [value]
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(encoded)))
+    padded = multihost_utils.process_allgather(np.pad(encoded, (0, sizes.max() - len(encoded))))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(padded, sizes, strict=True)]
+
+
+def gather_rows(rows: TokenRows) -> TokenRows:
+    """The rows of all processes, in order of the processes, on each of them."""
+    if jax.process_count() == 1:
+        return rows
+    fewest = int(multihost_utils.process_allgather(np.array(len(rows["input_ids"]))).min())
+    gathered = {name: multihost_utils.process_allgather(array[:fewest]) for name, array in rows.items()}
+    return {name: array.reshape(-1, array.shape[-1]) for name, array in gathered.items()}
+
+
 # Everything random follows from the seed and a name, so that nothing depends on what was drawn before.
 
 
@@ -1115,14 +1345,14 @@ class Plan:
         return batch_size // self.num_processes
 
 
-def make_plan(training_args: TrainingArguments, num_train_rows: int, row_length: int) -> Plan:
-    """Work out batch sizes and numbers of steps, and refuse what cannot train."""
+def make_plan(training_args: TrainingArguments, num_train_rows: int | None, row_length: int) -> Plan:
+    """Work out batch sizes and numbers of steps, and refuse what cannot train; a stream's number of rows is None."""
     micro_batch_size = training_args.per_device_train_batch_size * jax.device_count()
     train_batch_size = micro_batch_size * training_args.gradient_accumulation_steps
-    steps_per_epoch = num_train_rows // train_batch_size
+    steps_per_epoch = (num_train_rows or 0) // train_batch_size
     num_steps = num_warmup_steps = 0
     if training_args.do_train:
-        if steps_per_epoch == 0:
+        if steps_per_epoch == 0 and num_train_rows is not None:
             fail(
                 f"the training data gives {num_train_rows} rows of {row_length} tokens, fewer than one batch of"
                 f" {train_batch_size}: lower --per_device_train_batch_size or the row length, or give more text"
@@ -1487,14 +1717,14 @@ class TrainingLog:
         self.stopwatch.stop()
         self.bar.close()
 
-    def results(self, num_train_rows: int) -> dict[str, float]:
+    def results(self, num_train_rows: int | None) -> dict[str, float]:
         """train_results.json: totals over the run."""
         seconds = self.stopwatch.seconds()
         return {
             "epoch": self.plan.epoch(self.plan.num_steps),
             "train_loss": self.loss_sum / max(self.weight_sum, 1),
             "train_runtime": seconds,
-            "train_samples": num_train_rows,
+            "train_samples": num_train_rows or self.plan.num_steps * self.plan.train_batch_size,
             "train_steps": self.plan.num_steps,
             "train_tokens_per_second": self.num_tokens / max(seconds, 1e-9),
         }
@@ -1561,6 +1791,7 @@ def train(
     evaluator: Evaluator,
     saver: "Saver",
     stop: StopSignal,
+    position: dict | None,
 ) -> TrainState:
     """The training loop. One compiled call per step; then log, evaluate and save, each when it is due.
 
@@ -1568,14 +1799,14 @@ def train(
         Stopped: the run was told to stop; its state is saved.
         NonFiniteError: training diverged.
     """
-    step, position = int(state.step), saver.resumed_position
+    step = int(state.step)
 
     def evaluate_if_due():
         if training_args.do_eval and training_args.eval_steps and step % training_args.eval_steps == 0 and step > 0:
             evaluator(state.params, step, log.writer, stop)
 
     def save():
-        progress = log.progress() | {"position": position, "evaluations": evaluator.history}
+        progress = log.progress() | {"positions": gather_json(position), "evaluations": evaluator.history}
         saver.save(step, state, progress)
 
     try:
@@ -1644,7 +1875,6 @@ class Saver:
         self.executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="save")
         self.job: concurrent.futures.Future | None = None
         self.saved_step: int | None = None
-        self.resumed_position: dict | None = None
         self.failed = False
 
     def save(self, step: int, state: TrainState, progress: Mapping[str, Any]) -> None:
@@ -1776,8 +2006,10 @@ def data_checksum(rows: TokenRows) -> int:
     return checksum
 
 
-def open_writer(output_dir: str, progress: Mapping[str, Any] | None) -> Writer:
-    """The TensorBoard writer; what an interrupted run wrote after the checkpoint that is resumed from is struck out."""
+def open_writer(output_dir: str, progress: Mapping[str, Any] | None) -> Writer | None:
+    """The TensorBoard writer of process 0; what an interrupted run wrote after the checkpoint resumed from is struck out."""
+    if jax.process_index() > 0:
+        return None
     first, evaluations = 0, {}
     if progress:
         window = progress["window"]
@@ -1845,6 +2077,12 @@ def changed_arguments(*arguments: Any) -> str:
     return " ".join(f"--{k} {v}" for k, v in public_arguments(*arguments).items() if v != defaults[k])
 
 
+def write_results(training_args: TrainingArguments, name: str, values: Mapping[str, Any]) -> None:
+    """Write a JSON file of output_dir, from process 0."""
+    if jax.process_index() == 0:
+        write_json(os.path.join(training_args.output_dir, name), values)
+
+
 def run_info(*arguments: Any) -> dict[str, Any]:
     """What is needed to run this again: arguments, versions, devices, and the commit of this script if it is in git."""
     script = Path(__file__).resolve()
@@ -1907,9 +2145,10 @@ def log_plan(plan: Plan, num_rows: Mapping[str, int], row_length: int, params) -
     )
     if plan.num_steps:
         logger.info(
-            "Training: %s rows of %d tokens, %d rows = %s tokens per step, %d steps (%d per epoch), %d of them warmup",
-            f"{num_rows['train']:,}", row_length, plan.train_batch_size, f"{plan.train_batch_size * row_length:,}",
-            plan.num_steps, plan.steps_per_epoch, plan.num_warmup_steps,
+            "Training: %s rows of %d tokens, %d rows = %s tokens per step, %d steps (%s per epoch), %d of them warmup",
+            f"{num_rows['train']:,}" if "train" in num_rows else "a stream of", row_length,
+            plan.train_batch_size, f"{plan.train_batch_size * row_length:,}",
+            plan.num_steps, plan.steps_per_epoch or "unknown", plan.num_warmup_steps,
         )  # fmt: skip
     if "validation" in num_rows:
         logger.info("Evaluation: %s rows, %d rows per batch", f"{num_rows['validation']:,}", plan.eval_batch_size)
@@ -1950,31 +2189,35 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     set_up_logging()
     logger.info("Arguments other than the defaults: %s", changed_arguments(*arguments))
 
-    # Text to rows of tokens. Nothing here touches a device, so processes can still be forked.
-    config = load_config(model_args)
-    tokenizer = load_tokenizer(model_args)
+    initialize_distributed(training_args)
+
+    # Text to rows of tokens. With one process nothing here touches a device, so that it can still be forked.
+    with main_process_first():
+        config = load_config(model_args)
+        tokenizer = load_tokenizer(model_args)
     check_objective_tokenizer(tokenizer, model_args)
     match_config_and_tokenizer(config, tokenizer, model_args)
     row_length = choose_row_length(data_args.max_seq_length, "--max_seq_length", config, tokenizer)
-    raw_datasets = load_raw_datasets(data_args, model_args, training_args)
-    rows = limit_rows(tokenize_and_group(raw_datasets, tokenizer, data_args, model_args.cache_dir, row_length), data_args)
+    stream, rows = prepare_data(data_args, model_args, training_args, tokenizer, row_length)
     num_rows = {split: len(columns["input_ids"]) for split, columns in rows.items()}
 
     # Sizes, weights, and the compiled programs.
-    plan = make_plan(training_args, num_rows.get("train", 0), row_length)
-    prepare_output_dir(training_args)
+    plan = make_plan(training_args, None if stream else num_rows.get("train", 0), row_length)
+    with main_process_first():
+        prepare_output_dir(training_args)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     model, params = load_params(config, model_args, training_args, mesh)
     log_plan(plan, num_rows, row_length, params)
     p_train_step, p_eval_step, optimizer = compile_steps(model, training_args, plan, mesh)
     collator = Collator(tokenizer, data_args, row_length)
     evaluator = Evaluator(rows.get("validation"), collator, plan, training_args.seed, mesh, p_eval_step)
-    write_json(os.path.join(training_args.output_dir, "run_info.json"), run_info(*arguments))
+    write_results(training_args, "run_info.json", run_info(*arguments))
 
     results: dict[str, float] = {}
     with StopSignal() as stop, logging_redirect_tqdm([logger] if sys.stderr.isatty() else []):
+        writer = None
         if training_args.do_train:
-            identity = run_identity(arguments, config, plan, data_checksum(rows["train"]))
+            identity = run_identity(arguments, config, plan, stream_name(data_args) if stream else data_checksum(rows["train"]))
             saver = Saver(training_args, model, tokenizer, identity)
             state, progress = start_or_resume(params, optimizer, training_args, identity, mesh)
             del params
@@ -1983,21 +2226,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             if progress:
                 log.resume(progress)
                 evaluator.history = {int(step): metrics for step, metrics in progress["evaluations"].items()}
-            batches = train_batches(rows["train"], collator, plan, training_args.seed, first_step=int(state.step))
+            step, position = int(state.step), progress["positions"][plan.process_index] if progress else None
+            if stream:
+                batches = stream.batches(collator, plan, step, position)
+            else:
+                batches = train_batches(rows["train"], collator, plan, training_args.seed, step)
             batches = put_on_devices(batches, mesh, PartitionSpec(None, "data"), stop)
             dropout_rng = device_rng(training_args.seed, "dropout", impl="rbg")
-            state = train(state, batches, p_train_step, dropout_rng, training_args, log, evaluator, saver, stop)
+            state = train(state, batches, p_train_step, dropout_rng, training_args, log, evaluator, saver, stop, position)
             params = state.params
             saver.wait()
-            results |= log.results(num_rows["train"])
-            write_json(os.path.join(training_args.output_dir, "train_results.json"), results)
-        else:
-            writer = Writer(training_args.output_dir)
+            results |= log.results(num_rows.get("train"))
+            write_results(training_args, "train_results.json", results)
         if training_args.do_eval:
+            writer = writer or open_writer(training_args.output_dir, None)
             metrics = evaluator(params, plan.num_steps, writer, stop)
-            write_json(os.path.join(training_args.output_dir, "eval_results.json"), metrics)
+            write_results(training_args, "eval_results.json", metrics)
             results |= metrics
-        writer.close()
+        if writer:
+            writer.close()
     return results
 
 
