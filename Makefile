@@ -8,7 +8,7 @@ BUILD := quickstart/build
 # Large arrays in huge pages: on Linux CPUs a training step spends up to a third of its time on page faults without.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-torch bench-vocab-head check-copies fix-copies style check-style clean
+.PHONY: quickstart test test-torch test-faults bench-vocab-head check-copies fix-copies style check-style clean
 
 $(VENV)/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -42,6 +42,10 @@ test: $(VENV)/development
 ## test-torch: do PyTorch and the Flax model agree on the weights that were saved?
 test-torch: $(VENV)/torch
 	$(RUN) -m pytest -m torch
+
+## test-faults: kill training twenty times at random moments; takes minutes
+test-faults: $(VENV)/development
+	$(RUN) -m pytest -m faults
 
 ## bench-vocab-head: a training step with scores at labelled positions only, against scores everywhere
 bench-vocab-head: $(VENV)/runtime

@@ -48,11 +48,14 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import datasets
 import datasets.distributed
 import flax.linen as nn
+import huggingface_hub
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import requests
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, path_aware_map
 from jax.experimental import multihost_utils
@@ -1651,11 +1654,12 @@ class TrainingLog:
         self.args, self.plan, self.writer, self.stopwatch = training_args, plan, writer, stopwatch
         self.pending: tuple | None = None
         self.window: list[dict[str, float]] = []
+        self.curve: list[tuple[int, float]] = []
         self.window_started = self.loss_sum = self.weight_sum = self.num_tokens = 0.0
         self.stop_agreed = False
         self.bar = progress_bar(total=plan.num_steps, desc="Training", unit="step")
 
-    CARRIED_ON = ("window", "window_started", "loss_sum", "weight_sum", "num_tokens")
+    CARRIED_ON = ("window", "curve", "window_started", "loss_sum", "weight_sum", "num_tokens")
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of the log, so that a resumed run writes what an uninterrupted one would."""
@@ -1711,6 +1715,7 @@ class TrainingLog:
             self.writer.flush()
         self.loss_sum, self.weight_sum = self.loss_sum + loss_sum, self.weight_sum + weight_sum
         self.num_tokens += num_tokens
+        self.curve.append((step, loss_sum / max(weight_sum, 1)))
         self.window, self.window_started = [], seconds
 
     def close(self) -> None:
@@ -1832,6 +1837,8 @@ def train(
         log.stopwatch.stop()
         save()
         saver.wait()
+        if saver.hub and training_args.hub_strategy != "end":
+            saver.hub.push(step, final=True)
         raise
     finally:
         log.close()
@@ -1869,8 +1876,9 @@ class Saver:
         model: FlaxPreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         identity: Mapping[str, Any],
+        hub: "Hub | None",
     ):
-        self.args, self.model, self.tokenizer, self.identity = training_args, model, tokenizer, identity
+        self.args, self.model, self.tokenizer, self.identity, self.hub = training_args, model, tokenizer, identity, hub
         self.checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self.executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="save")
         self.job: concurrent.futures.Future | None = None
@@ -1902,6 +1910,8 @@ class Saver:
         if jax.process_index() == 0:
             for _, path in find_checkpoints(self.args.output_dir)[self.args.save_total_limit :]:
                 shutil.rmtree(path, ignore_errors=True)
+        if self.hub:
+            self.hub.push(self.saved_step)
 
     def wait(self) -> None:
         """Wait until the last save is on disk."""
@@ -1917,6 +1927,176 @@ class Saver:
         reason = "no space left on the device" if "No space left" in str(error) else first_line(error)
         logger.error("Step %d could not be saved: %s. What was saved before is untouched.", self.saved_step, reason)
         shutil.rmtree(checkpoint_path(self.args.output_dir, self.saved_step) + TEMPORARY_SUFFIX, ignore_errors=True)
+
+
+class Hub:
+    """Uploads to the Hugging Face Hub in the background, one at a time; training never waits for them.
+
+    A failed upload is tried again, then reported; the next one brings everything that it would have brought.
+    """
+
+    NUM_TRIES = 5
+    TIMEOUT = 120.0  # seconds without an answer after which a request counts as failed
+
+    def __init__(self, training_args: TrainingArguments):
+        self.args, self.failed, self.thread = training_args, False, None
+        name = training_args.hub_model_id or os.path.basename(os.path.abspath(training_args.output_dir))
+        huggingface_hub.configure_http_backend(self.make_session)
+        self.api = huggingface_hub.HfApi(token=training_args.hub_token)
+        try:
+            url = self.api.create_repo(name, private=training_args.hub_private_repo or None, exist_ok=True)
+            self.repo_id = url.repo_id
+        except (OSError, ValueError) as error:
+            fail(f"--push_to_hub: the repository {name} cannot be created: {self.describe(error)}")
+        logger.info("Uploading to %s", url)
+
+    def make_session(self) -> requests.Session:
+        """The client waits for an answer without end, so set a limit."""
+        session = requests.Session()
+        send = session.send
+        session.send = lambda request, **kwargs: send(request, **kwargs | {"timeout": kwargs.get("timeout") or self.TIMEOUT})
+        return session
+
+    def push(self, step: int, final: bool = False) -> None:
+        """Upload what output_dir holds now; while an upload is under way only the final one waits for it and follows."""
+        if final:
+            logger.info("Uploading to the Hub: the last state")
+            self.join()
+        elif (self.thread and self.thread.is_alive()) or self.args.hub_strategy == "end":
+            return
+        self.thread = threading.Thread(target=self.upload, args=(step, self.snapshot(step), final), name="upload", daemon=True)
+        self.thread.start()
+        if final:
+            self.join()
+
+    def join(self) -> None:
+        if self.thread:
+            self.thread.join()
+
+    def snapshot(self, step: int) -> tempfile.TemporaryDirectory:
+        """The files to upload as they are now: linked, since training replaces them whole; events copied, since they grow."""
+        source = Path(self.args.output_dir)
+        snapshot = tempfile.TemporaryDirectory(dir=source, prefix=".saving-")
+        for path in source.iterdir():
+            if path.is_file() and path.suffix != ".tmp":
+                copy_file = shutil.copy2 if path.name.startswith("events.out.tfevents") else os.link
+                copy_file(path, os.path.join(snapshot.name, path.name))
+        checkpoint = checkpoint_path(self.args.output_dir, step)
+        if self.args.hub_strategy == "checkpoint" and os.path.isdir(checkpoint):
+            shutil.copytree(checkpoint, os.path.join(snapshot.name, "last-checkpoint"), copy_function=os.link)
+        return snapshot
+
+    def upload(self, step: int, snapshot: tempfile.TemporaryDirectory, final: bool) -> None:
+        message = f"Step {step}, the last of this run" if final else f"Step {step}"
+        with snapshot:
+            for attempt in range(self.NUM_TRIES):
+                try:
+                    replaced = ["last-checkpoint/**"] if self.args.hub_strategy == "checkpoint" else None
+                    self.api.upload_folder(
+                        repo_id=self.repo_id, folder_path=snapshot.name, commit_message=message, delete_patterns=replaced
+                    )
+                    self.failed = False
+                    return
+                except Exception as error:
+                    self.failed = True
+                    logger.warning("Upload of step %d failed: %s", step, self.describe(error))
+                    if not self.is_temporary(error) or attempt == self.NUM_TRIES - 1:
+                        break
+                    time.sleep(min(2.0**attempt, 30))
+        logger.error("Step %d is not on the Hub; training goes on. By hand: %s", step, self.by_hand())
+
+    def by_hand(self) -> str:
+        return f"hf upload {self.repo_id} {self.args.output_dir} . --exclude 'checkpoint-*' '.saving-*'"
+
+    @staticmethod
+    def describe(error: BaseException) -> str:
+        """The reason in a line; the client hides it behind errors of its own."""
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        reason = {401: "the token is wrong or missing", 403: "the token may not write there"}.get(status, first_line(cause))
+        return f"{reason} (HTTP {status})" if status else reason
+
+    @staticmethod
+    def is_temporary(error: BaseException) -> bool:
+        """Is it worth trying again: no answer, a server in trouble, too many requests?"""
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status is not None:
+            return status in (408, 429) or status >= 500
+        return isinstance(cause, requests.RequestException)
+
+
+def write_model_card(
+    training_args: TrainingArguments,
+    arguments: Sequence[Any],
+    model: FlaxPreTrainedModel,
+    log: TrainingLog | None,
+    results: Mapping[str, float],
+    history: Mapping[int, Mapping[str, float]],
+    repo_id: str | None,
+) -> None:
+    """README.md for people who find the model: what it was trained on and how, results, curves, how to load it."""
+    flags, info = public_arguments(*arguments), run_info(*arguments)
+    data = flags["dataset_name"] or os.path.basename(flags["train_file"] or flags["validation_file"])
+    architecture = type(model).__name__.removeprefix("Flax")
+    name = repo_id or os.path.basename(os.path.abspath(training_args.output_dir))
+    curves = "![Training and evaluation curves](training_curves.png)\n" if log else ""
+    if log:
+        draw_curves(os.path.join(training_args.output_dir, "training_curves.png"), log.curve, history)
+    table = "\n".join(f"| {key} | {value:.4g} |" for key, value in sorted(results.items()))
+    versions = ", ".join(f"{key} {value}" for key, value in info["versions"].items())
+    card = f"""---
+library_name: transformers
+tags: [{", ".join(("jax", "flax", model.config.model_type, "generated_from_script"))}]
+---
+
+# {name}
+
+{architecture} trained by `{info["script"]}` on {data}, from {flags["model_name_or_path"] or "fresh weights"}.
+
+{curves}
+| result | value |
+|---|---|
+{table}
+
+## How it was trained
+
+`python {info["script"]} {changed_arguments(*arguments)}`
+
+Devices: {len(info["devices"])} of kind {info["device_kind"]}. Versions: {versions}.
+
+## How to load it
+
+```python
+from transformers import {architecture}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = {architecture}.from_pretrained("{name}")  # PyTorch, transformers 4 or 5
+```
+
+```python
+from transformers import Flax{architecture}
+
+model = Flax{architecture}.from_pretrained("{name}")  # Flax, transformers 4
+```
+"""
+    write_text(os.path.join(training_args.output_dir, "README.md"), card)
+
+
+def draw_curves(path: str, training: Sequence[tuple[int, float]], history: Mapping[int, Mapping[str, float]]) -> None:
+    """A picture of the loss: training (mean of each logging window) and evaluation."""
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*training, strict=True), label="training")
+    if history:
+        axes.plot(
+            *zip(*((step, history[step]["eval_loss"]) for step in sorted(history)), strict=True), "o-", label="evaluation"
+        )
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(f"{path}.tmp", format="png", dpi=120)
+    os.replace(f"{path}.tmp", path)
 
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"  # of a checkpoint that is being written
@@ -2060,9 +2240,12 @@ def pytorch_state_dict(params) -> dict[str, np.ndarray]:
 def write_json(path: str, values: Mapping[str, Any]) -> None:
     """Write standard JSON, whole or not at all: what is not a finite number becomes null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(finite, file, indent=4, sort_keys=True, allow_nan=False)
-        file.write("\n")
+    write_text(path, json.dumps(finite, indent=4, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file, whole or not at all."""
+    Path(f"{path}.tmp").write_text(text, "utf-8")
     os.replace(f"{path}.tmp", path)
 
 
@@ -2190,6 +2373,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     logger.info("Arguments other than the defaults: %s", changed_arguments(*arguments))
 
     initialize_distributed(training_args)
+    hub = Hub(training_args) if training_args.push_to_hub and jax.process_index() == 0 else None
 
     # Text to rows of tokens. With one process nothing here touches a device, so that it can still be forked.
     with main_process_first():
@@ -2215,10 +2399,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     results: dict[str, float] = {}
     with StopSignal() as stop, logging_redirect_tqdm([logger] if sys.stderr.isatty() else []):
-        writer = None
+        writer = log = saver = None
         if training_args.do_train:
             identity = run_identity(arguments, config, plan, stream_name(data_args) if stream else data_checksum(rows["train"]))
-            saver = Saver(training_args, model, tokenizer, identity)
+            saver = Saver(training_args, model, tokenizer, identity, hub)
             state, progress = start_or_resume(params, optimizer, training_args, identity, mesh)
             del params
             writer = open_writer(training_args.output_dir, progress)
@@ -2245,7 +2429,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             results |= metrics
         if writer:
             writer.close()
+            write_model_card(training_args, arguments, model, log, results, evaluator.history, hub and hub.repo_id)
+        if hub:
+            hub.push(plan.num_steps, final=True)
+    check_all_is_saved(saver, hub)
     return results
+
+
+def check_all_is_saved(saver: Saver | None, hub: Hub | None) -> None:
+    """Let the exit status tell if the last state did not get to the disk or to the Hub."""
+    if saver and saver.failed:
+        raise NotSavedError(f"the state after the last step was not saved in {saver.args.output_dir}; the log says why")
+    if hub and hub.failed:
+        raise NotSavedError(f"the last upload failed; the files are all here, to upload them: {hub.by_hand()}")
+
+
+class NotSavedError(Exception):
+    """Training is done, but its result is not where it should be."""
 
 
 def run() -> int:
@@ -2255,7 +2455,7 @@ def run() -> int:
     except Stopped as stopped:
         print(f"{Path(__file__).name}: {stopped}", file=sys.stderr)
         return 128 + stopped.signum
-    except NonFiniteError as error:
+    except (NonFiniteError, NotSavedError) as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
