@@ -1864,6 +1864,11 @@ def prepare_output_dir(training_args: TrainingArguments) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+@jax.jit
+def copy_on_devices(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
 class Saver:
     """Writes training state and model in the background, one save at a time; uploads follow if there is a Hub.
 
@@ -1897,14 +1902,14 @@ class Saver:
         contents = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         try:
             self.checkpointer.save(path, args=contents, force=True)
-            # The next step overwrites the arrays in place, so the writer needs a copy.
-            params = jax.tree.map(lambda array: np.array(array.addressable_data(0)), state.params)
-            self.job = self.executor.submit(self.write, params)
+            # The next step overwrites the weights in place, so the writer needs a copy; the devices make it.
+            self.job = self.executor.submit(self.write, copy_on_devices(state.params))
         except Exception as error:
             self.report_failure(error)
 
     def write(self, params) -> None:
         if jax.process_index() == 0:
+            params = jax.tree.map(lambda array: np.asarray(array.addressable_data(0)), params)
             save_model(self.args.output_dir, self.model, params, self.tokenizer, self.args.save_safetensors)
         self.checkpointer.wait_until_finished()
         if jax.process_index() == 0:
