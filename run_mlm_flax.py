@@ -1907,7 +1907,13 @@ class Saver:
         except Exception as error:
             self.report_failure(error)
 
+    def resume(self, step: int) -> None:
+        """What is resumed from here needs no second save."""
+        if os.path.isdir(checkpoint_path(self.args.output_dir, step)):
+            self.saved_step = step
+
     def write(self, params) -> None:
+        """Runs in the background: model files, then the end of the training state; then old ones go, and an upload begins."""
         if jax.process_index() == 0:
             params = jax.tree.map(lambda array: np.asarray(array.addressable_data(0)), params)
             save_model(self.args.output_dir, self.model, params, self.tokenizer, self.args.save_safetensors)
@@ -2035,7 +2041,7 @@ def write_model_card(
     training_args: TrainingArguments,
     arguments: Sequence[Any],
     model: FlaxPreTrainedModel,
-    log: TrainingLog | None,
+    log: TrainingLog,
     results: Mapping[str, float],
     history: Mapping[int, Mapping[str, float]],
     repo_id: str | None,
@@ -2045,9 +2051,7 @@ def write_model_card(
     data = flags["dataset_name"] or os.path.basename(flags["train_file"] or flags["validation_file"])
     architecture = type(model).__name__.removeprefix("Flax")
     name = repo_id or os.path.basename(os.path.abspath(training_args.output_dir))
-    curves = "![Training and evaluation curves](training_curves.png)\n" if log else ""
-    if log:
-        draw_curves(os.path.join(training_args.output_dir, "training_curves.png"), log.curve, history)
+    draw_curves(os.path.join(training_args.output_dir, "training_curves.png"), log.curve, history)
     table = "\n".join(f"| {key} | {value:.4g} |" for key, value in sorted(results.items()))
     versions = ", ".join(f"{key} {value}" for key, value in info["versions"].items())
     card = f"""---
@@ -2059,7 +2063,8 @@ tags: [{", ".join(("jax", "flax", model.config.model_type, "generated_from_scrip
 
 {architecture} trained by `{info["script"]}` on {data}, from {flags["model_name_or_path"] or "fresh weights"}.
 
-{curves}
+![Training and evaluation curves](training_curves.png)
+
 | result | value |
 |---|---|
 {table}
@@ -2191,8 +2196,13 @@ def data_checksum(rows: TokenRows) -> int:
     return checksum
 
 
-def open_writer(output_dir: str, progress: Mapping[str, Any] | None) -> Writer | None:
-    """The TensorBoard writer of process 0; what an interrupted run wrote after the checkpoint resumed from is struck out."""
+def open_writer(output_dir: str) -> Writer | None:
+    """The TensorBoard writer of process 0."""
+    return Writer(output_dir) if jax.process_index() == 0 else None
+
+
+def open_training_writer(output_dir: str, progress: Mapping[str, Any] | None) -> Writer | None:
+    """The same for training; what an interrupted run wrote after the checkpoint that is resumed from is struck out."""
     if jax.process_index() > 0:
         return None
     first, evaluations = 0, {}
@@ -2204,7 +2214,7 @@ def open_writer(output_dir: str, progress: Mapping[str, Any] | None) -> Writer |
     events = EventFileWriter(output_dir)
     events.add_event(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
     events.close()
-    writer = Writer(output_dir)
+    writer = open_writer(output_dir)
     for step, metrics in evaluations.items():
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
@@ -2410,10 +2420,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             saver = Saver(training_args, model, tokenizer, identity, hub)
             state, progress = start_or_resume(params, optimizer, training_args, identity, mesh)
             del params
-            writer = open_writer(training_args.output_dir, progress)
+            writer = open_training_writer(training_args.output_dir, progress)
             log = TrainingLog(training_args, plan, writer, Stopwatch())
             if progress:
                 log.resume(progress)
+                saver.resume(progress["step"])
                 evaluator.history = {int(step): metrics for step, metrics in progress["evaluations"].items()}
             step, position = int(state.step), progress["positions"][plan.process_index] if progress else None
             if stream:
@@ -2428,12 +2439,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             results |= log.results(num_rows.get("train"))
             write_results(training_args, "train_results.json", results)
         if training_args.do_eval:
-            writer = writer or open_writer(training_args.output_dir, None)
+            writer = writer if log else open_writer(training_args.output_dir)
             metrics = evaluator(params, plan.num_steps, writer, stop)
             write_results(training_args, "eval_results.json", metrics)
             results |= metrics
         if writer:
             writer.close()
+        if writer and log:
             write_model_card(training_args, arguments, model, log, results, evaluator.history, hub and hub.repo_id)
         if hub:
             hub.push(plan.num_steps, final=True)
