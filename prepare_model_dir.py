@@ -508,6 +508,7 @@ def set_up_logging() -> None:
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
     # Said at every start; requirements.txt pins the release for that reason and the README explains it.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax; what fails there is reported here
     flax_logger = logging.getLogger("transformers.modeling_flax_utils")
     flax_logger.addFilter(lambda record: "classes are deprecated" not in record.getMessage())
 

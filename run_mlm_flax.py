@@ -906,6 +906,7 @@ def set_up_logging() -> None:
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
     # Said at every start; requirements.txt pins the release for that reason and the README explains it.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax; what fails there is reported here
     flax_logger = logging.getLogger("transformers.modeling_flax_utils")
     flax_logger.addFilter(lambda record: "classes are deprecated" not in record.getMessage())
 
@@ -1154,26 +1155,27 @@ class TextStream:
 
     def windows(self, position: Mapping[str, Any] | None) -> Iterator[tuple[TokenRows, dict[str, Any]]]:
         """Windows without end, epoch after epoch, each with the position of its start."""
-        dataset = self.open_dataset()
+        dataset, epoch, window, carried, given_state = self.open_dataset(), 0, 0, {}, None
         if position:
-            dataset.load_state_dict(position["dataset"])
-            epoch, window, carried = position["epoch"], position["window"], position["carried"]
-        else:
-            epoch, window, carried = 0, 0, {}
+            epoch, window, carried, given_state = (position[name] for name in ("epoch", "window", "carried", "dataset"))
+            dataset.load_state_dict(given_state)
         while True:
-            texts, first_window = iter(dataset), window
+            texts, first_window, found_tokens = iter(dataset), window, False
             while True:
-                start = {"dataset": copy.deepcopy(dataset.state_dict()), "epoch": epoch, "window": window, "carried": carried}
+                # Before its first text a dataset does not tell the state it was given.
+                state, given_state = given_state or copy.deepcopy(dataset.state_dict()), None
+                start = {"dataset": state, "epoch": epoch, "window": window, "carried": carried}
                 batch = [example[self.text_column] for example in itertools.islice(texts, self.window_size)]
                 if not batch:
                     break
                 rows, carried = self.make_rows(batch, carried)
+                found_tokens |= bool(len(rows["input_ids"]) or carried.get("input_ids"))
                 order = host_rng(self.seed, "window", epoch, window, jax.process_index())
                 order = order.permutation(len(rows["input_ids"]))
                 yield {name: array[order] for name, array in rows.items()}, start
                 window += 1
-            if window == first_window == 0:
-                raise ValueError("no text is left to train on: lower --num_eval_samples or give more text")
+            if first_window == 0 and not found_tokens:
+                fail("no text is left to train on: lower --num_eval_samples or give more text")
             dataset, epoch, window = self.open_dataset(), epoch + 1, 0
 
     def batches(
@@ -1842,6 +1844,7 @@ def train(
         raise
     finally:
         log.close()
+        saver.wait()
     save()
     return state
 
@@ -1854,11 +1857,11 @@ def prepare_output_dir(training_args: TrainingArguments) -> None:
             pass
     except OSError as error:
         fail(f"--output_dir {training_args.output_dir}: cannot be written to: {error.strerror}")
-    stale = ["eval_results.json", "run_info.json", f"*{TEMPORARY_SUFFIX}", ".saving-*"]
-    if training_args.do_train:
-        stale.append("train_results.json")
-        if not training_args.resume_from_checkpoint:
-            stale += ["events.out.tfevents.*", "checkpoint-*"]
+    stale = [f"*{TEMPORARY_SUFFIX}", ".saving-*"]
+    if not training_args.resume_from_checkpoint:
+        stale += ["eval_results.json", "run_info.json"]
+        if training_args.do_train:
+            stale += ["train_results.json", "events.out.tfevents.*", "checkpoint-*"]
     for pattern in stale:
         for path in Path(training_args.output_dir).glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -1888,6 +1891,7 @@ class Saver:
         self.executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="save")
         self.job: concurrent.futures.Future | None = None
         self.saved_step: int | None = None
+        self.resumed_step: int | None = None
         self.failed = False
 
     def save(self, step: int, state: TrainState, progress: Mapping[str, Any]) -> None:
@@ -1898,27 +1902,31 @@ class Saver:
         self.saved_step, self.failed = step, False
         logger.info("Saving step %d to %s", step, self.args.output_dir)
         path = os.path.abspath(checkpoint_path(self.args.output_dir, step))
-        progress = dict(progress) | {"step": step, "identity": self.identity}
+        progress = copy.deepcopy(dict(progress)) | {"step": step, "identity": self.identity}  # written while training goes on
         contents = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         try:
-            self.checkpointer.save(path, args=contents, force=True)
+            if step != self.resumed_step:
+                self.checkpointer.save(path, args=contents, force=True)
             # The next step overwrites the weights in place, so the writer needs a copy; the devices make it.
             self.job = self.executor.submit(self.write, copy_on_devices(state.params))
         except Exception as error:
             self.report_failure(error)
 
     def resume(self, step: int) -> None:
-        """What is resumed from here needs no second save."""
+        """The checkpoint that is resumed from, if it is one of output_dir, is not written over."""
         if os.path.isdir(checkpoint_path(self.args.output_dir, step)):
-            self.saved_step = step
+            self.resumed_step = step
 
     def write(self, params) -> None:
         """Runs in the background: model files, then the end of the training state; then old ones go, and an upload begins."""
+        try:
+            if jax.process_index() == 0:
+                params = jax.tree.map(lambda array: np.asarray(array.addressable_data(0)), params)
+                save_model(self.args.output_dir, self.model, params, self.tokenizer, self.args.save_safetensors)
+        finally:
+            self.checkpointer.wait_until_finished()
         if jax.process_index() == 0:
-            params = jax.tree.map(lambda array: np.asarray(array.addressable_data(0)), params)
-            save_model(self.args.output_dir, self.model, params, self.tokenizer, self.args.save_safetensors)
-        self.checkpointer.wait_until_finished()
-        if jax.process_index() == 0:
+            write_checksums(checkpoint_path(self.args.output_dir, self.saved_step))
             for _, path in find_checkpoints(self.args.output_dir)[self.args.save_total_limit :]:
                 shutil.rmtree(path, ignore_errors=True)
         if self.hub:
@@ -2122,6 +2130,38 @@ def find_checkpoints(directory: str) -> list[tuple[int, str]]:
     return sorted(((int(match[1]), os.path.join(directory, match[0])) for match in found if match), reverse=True)
 
 
+def write_checksums(path: str) -> None:
+    """Note the checksum of each file of a checkpoint, so that damage is noticed that would still load."""
+    write_json(os.path.join(path, CHECKSUMS), file_checksums(path))
+
+
+CHECKSUMS = "checksums.json"
+
+
+def file_checksums(path: str) -> dict[str, int]:
+    """CRC-32 of all files below a directory, by relative name."""
+    checksums = {}
+    for file in sorted(Path(path).rglob("*")):
+        if file.is_file() and not file.name.startswith(CHECKSUMS):
+            checksum = 0
+            with file.open("rb") as stream:
+                while part := stream.read(2**22):
+                    checksum = zlib.crc32(part, checksum)
+            checksums[str(file.relative_to(path))] = checksum
+    return checksums
+
+
+def check_checksums(path: str) -> None:
+    """Raise ValueError if a file is not what it was; a run killed right after a save has left no checksums."""
+    noted = Path(path, CHECKSUMS)
+    if not noted.exists():
+        return
+    found = file_checksums(path)
+    for name, checksum in json.loads(noted.read_text()).items():
+        if found.get(name) != checksum:
+            raise ValueError(f"{name} is {'not what was written' if name in found else 'missing'}")
+
+
 def restore_checkpoint(
     resume_from: str, output_dir: str, state: TrainState, identity: Mapping[str, Any]
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -2136,12 +2176,15 @@ def restore_checkpoint(
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     for path in paths:
         try:
+            check_checksums(path)
             progress = checkpointer.restore(path, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
             check_identity(progress["identity"], identity, path)
             contents = ocp.args.Composite(state=ocp.args.StandardRestore(target))
             return checkpointer.restore(path, args=contents)["state"], progress
         except Exception as error:
-            logger.warning("%s is damaged and passed over: %s", path, first_line(error))
+            logger.warning("%s is damaged and passed over: %s", path, first_line(error)[:200])
+            if jax.process_index() == 0 and len(paths) > 1:
+                os.replace(path, f"{path}.damaged")  # so that it does not count as the newest
     fail(f"--resume_from_checkpoint: no checkpoint in {source} can be read; leave the flag out to start anew")
 
 
@@ -2179,7 +2222,7 @@ def run_identity(arguments: Sequence[Any], config: PretrainedConfig, plan: Plan,
 
 def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any], path: str) -> None:
     """Refuse to go on with other settings than those the checkpoint was made with."""
-    for name in current.keys() | saved.keys():
+    for name in [*current, *(saved.keys() - current.keys())]:
         if saved.get(name) != current.get(name):
             fail(
                 f"{name} is {current.get(name)}, but {path} was made with {saved.get(name)}: going on would not give what an"
@@ -2410,8 +2453,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     p_train_step, p_eval_step, optimizer = compile_steps(model, training_args, plan, mesh)
     collator = Collator(tokenizer, data_args, row_length)
     evaluator = Evaluator(rows.get("validation"), collator, plan, training_args.seed, mesh, p_eval_step)
-    write_results(training_args, "run_info.json", run_info(*arguments))
-
     results: dict[str, float] = {}
     with StopSignal() as stop, logging_redirect_tqdm([logger] if sys.stderr.isatty() else []):
         writer = log = saver = None
@@ -2420,6 +2461,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             saver = Saver(training_args, model, tokenizer, identity, hub)
             state, progress = start_or_resume(params, optimizer, training_args, identity, mesh)
             del params
+            write_results(training_args, "run_info.json", run_info(*arguments))
             writer = open_training_writer(training_args.output_dir, progress)
             log = TrainingLog(training_args, plan, writer, Stopwatch())
             if progress:
@@ -2438,6 +2480,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             saver.wait()
             results |= log.results(num_rows.get("train"))
             write_results(training_args, "train_results.json", results)
+        else:
+            write_results(training_args, "run_info.json", run_info(*arguments))
         if training_args.do_eval:
             writer = writer if log else open_writer(training_args.output_dir)
             metrics = evaluator(params, plan.num_steps, writer, stop)

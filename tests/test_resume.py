@@ -1,0 +1,588 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is stopped, killed or damaged and then resumed gives what it would have given without: bit for bit."""
+
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file
+
+import run_mlm_flax as script
+from tests.conftest import ROOT
+from tests.test_run_mlm import read_events
+
+# Nothing lines up: epochs end after steps 5 and 10, evaluations are due after 4, 8 and 12, saves after 3, 6, 9 and 12, log
+# lines after 7 and 12. Dropout is on.
+FLAGS = [
+    "--max_seq_length", 32, "--max_train_samples", 43, "--max_eval_samples", 12, "--max_steps", 12, "--eval_steps", 4,
+    "--save_steps", 3, "--logging_steps", 7, "--learning_rate", 1e-3, "--warmup_steps", 2,
+    "--config_overrides", "hidden_dropout_prob=0.1,attention_probs_dropout_prob=0.1",
+]  # fmt: skip
+
+
+def outcome(output_dir: Path) -> dict:
+    """All that a finished run leaves, times excepted; arrays and files as digests."""
+    _, checkpoint = script.find_checkpoints(output_dir)[0]
+    leaves, _ = jax.tree_util.tree_flatten_with_path(read_state(checkpoint))
+    points = read_events(output_dir)
+    for tag in ("train_time", "train_tokens_per_second"):
+        points[tag] = [step for step, _ in points[tag]]
+    train_results = json.loads((output_dir / "train_results.json").read_text())
+    evaluation = output_dir / "eval_results.json"
+    return {
+        "names": {
+            path.name for path in output_dir.iterdir() if not re.match(r"events\.out|checkpoint-\d+(\.damaged)?$", path.name)
+        },
+        "weights": {name: digest((output_dir / name).read_bytes()) for name in ("model.safetensors", "flax_model.msgpack")},
+        "picture": digest((output_dir / "training_curves.png").read_bytes()),
+        "checkpoint": os.path.basename(checkpoint),
+        "state": {jax.tree_util.keystr(path): digest(np.asarray(array).tobytes()) for path, array in leaves},
+        "points": points,
+        "train_results": {k: v for k, v in train_results.items() if k not in ("train_runtime", "train_tokens_per_second")},
+        "eval_results": json.loads(evaluation.read_text()) if evaluation.exists() else None,
+    }
+
+
+def read_state(checkpoint: str | Path) -> dict:
+    """The arrays of a checkpoint, as orbax itself restores them."""
+    return ocp.StandardCheckpointer().restore(Path(checkpoint).resolve() / "state")
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def files(directory: Path) -> dict[str, str]:
+    """What is in a directory, to see whether anything changes."""
+    return {str(path.relative_to(directory)): digest(path.read_bytes()) for path in directory.rglob("*") if path.is_file()}
+
+
+def checkpoints(output_dir: Path) -> list[int]:
+    """The steps of the complete ones."""
+    return sorted(step for step, _ in script.find_checkpoints(output_dir))
+
+
+@pytest.fixture(scope="module")
+def common(roberta_dir, corpus) -> list:
+    """The flags of all runs here, but for the output directory."""
+    return ["--config_name", roberta_dir, "--tokenizer_name", roberta_dir, "--train_file", corpus, *FLAGS]
+
+
+@pytest.fixture(scope="module")
+def train(common) -> Callable:
+    """train(output_dir, *more_flags): main() in this process."""
+
+    def call(output_dir: Path, *more) -> dict[str, float]:
+        return script.main([str(flag) for flag in [*common, "--output_dir", output_dir, *more]])
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(train, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("uninterrupted")
+    train(output_dir)
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def expected(uninterrupted) -> dict:
+    return outcome(uninterrupted)
+
+
+def signal_after(monkeypatch, step: int, signum: int = signal.SIGTERM) -> None:
+    """Arrange for a real signal to this process when the given step has been dispatched."""
+    add = script.TrainingLog.add
+
+    def add_and_signal(log, current, *args):
+        add(log, current, *args)
+        if current == step:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(script.TrainingLog, "add", add_and_signal)
+
+
+def train_until(train, output_dir: Path, step: int, *more) -> None:
+    """Train and be told to stop after a step."""
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(script.Stopped):
+        signal_after(monkeypatch, step)
+        train(output_dir, *more)
+    assert step in checkpoints(output_dir)
+
+
+@pytest.fixture(scope="module")
+def stopped_after_8(train, tmp_path_factory) -> Path:
+    """A run that ended after step 8 of 12; it holds checkpoints 6 and 8. Copy it before use."""
+    output_dir = tmp_path_factory.mktemp("stopped")
+    train_until(train, output_dir, 8)
+    assert checkpoints(output_dir) == [6, 8]
+    return output_dir
+
+
+@pytest.fixture
+def stopped(stopped_after_8, tmp_path) -> Path:
+    """A copy of it to go on from, or to spoil."""
+    return shutil.copytree(stopped_after_8, tmp_path / "run")
+
+
+# ---- Stopped and resumed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stops", [(6,), (2, 4), (5, 7, 11)], ids=str)
+def test_resumed_equals_uninterrupted(stops, train, expected, tmp_path):
+    """However often, and wherever in an epoch, a log window, or between saves and evaluations."""
+    train_until(train, tmp_path, stops[0])
+    for step in stops[1:]:
+        train_until(train, tmp_path, step, "--resume_from_checkpoint")
+    train(tmp_path, "--resume_from_checkpoint")
+    assert outcome(tmp_path) == expected
+
+
+def test_dropout_and_order_matter_here(expected, train, tmp_path):
+    """The comparison would notice: another seed gives other weights, another state, another curve."""
+    train(tmp_path, "--seed", 7)
+    other = outcome(tmp_path)
+    assert {key for key, value in expected.items() if value == other[key]} == {"names", "checkpoint"}
+
+
+def test_resuming_a_finished_run(uninterrupted, train, expected, tmp_path):
+    """It changes nothing; and what a crash between checkpoint and model files left undone is made up for."""
+    output_dir = shutil.copytree(uninterrupted, tmp_path / "run")
+    (output_dir / "model.safetensors").unlink()
+    (output_dir / "flax_model.msgpack").write_text("of an earlier step")
+    before = files(output_dir / "checkpoint-12")
+    train(output_dir, "--resume_from_checkpoint")
+    assert outcome(output_dir) == expected
+    assert files(output_dir / "checkpoint-12") == before  # written anew, it could be lost in a crash
+
+
+@pytest.mark.parametrize("evaluation", [1, 3], ids=["in training", "at the end"])
+def test_stopped_in_an_evaluation(evaluation, train, expected, monkeypatch, tmp_path):
+    """The signal comes between two batches of the evaluation; the resumed run evaluates again, once."""
+    calls = []
+    eval_batches = script.eval_batches
+
+    def eval_batches_and_signal(*args):
+        calls.append(args)
+        for batch in eval_batches(*args):
+            if len(calls) == evaluation:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(script, "eval_batches", eval_batches_and_signal)
+    with pytest.raises(script.Stopped):
+        train(tmp_path)
+    assert len(calls) == evaluation
+    assert not (tmp_path / "eval_results.json").exists()
+    assert checkpoints(tmp_path)[-1] == 4 * evaluation
+    train(tmp_path, "--resume_from_checkpoint")
+    assert outcome(tmp_path) == expected
+
+
+# ---- Processes that are killed or told to stop ---------------------------------------------------------------------------
+
+# Imports everything once, then forks a process for every run: a real one, without the seconds that importing takes.
+LAUNCHER = """
+import json, os, sys
+import run_mlm_flax
+for line in sys.stdin:
+    flags, stderr, environment = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os.environ |= environment
+        sys.argv[1:] = flags
+        sys.exit(run_mlm_flax.run())
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Process:
+    """A run in a process of its own, to be killed, frozen or told to stop at chosen moments."""
+
+    def __init__(self, launcher: subprocess.Popen, flags: list, stderr: Path, environment: dict[str, str]):
+        self.launcher, self.stderr = launcher, stderr
+        self.stderr.write_text("")
+        launcher.stdin.write(json.dumps([[str(flag) for flag in flags], str(stderr), environment]) + "\n")
+        launcher.stdin.flush()
+        self.pid = int(launcher.stdout.readline())
+
+    def said(self) -> str:
+        return self.stderr.read_text()
+
+    def wait_for(self, text: str) -> None:
+        """Wait until it says something, looking every millisecond."""
+        limit = time.monotonic() + 60
+        while text not in self.said():
+            assert time.monotonic() < limit, self.said()
+            time.sleep(0.001)
+
+    def send(self, signum: int) -> None:
+        os.kill(self.pid, signum)
+
+    def end(self) -> int:
+        """Wait for the end: the exit status, or minus the signal that ended it."""
+        return int(self.launcher.stdout.readline())
+
+    def last_line(self) -> str:
+        return self.said().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[subprocess.Popen]:
+    command = [sys.executable, "-c", LAUNCHER]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def start(launcher, common, tmp_path) -> Callable:
+    """start(output_dir, *more_flags): a process that trains."""
+
+    def call(output_dir: Path, *more, **environment: str) -> Process:
+        return Process(launcher, [*common, "--output_dir", output_dir, *more], tmp_path / "stderr.txt", environment)
+
+    return call
+
+
+def test_killed_while_saving_and_while_training(start, train, expected, tmp_path):
+    """SIGKILL while a save is being written, then again; what was half-written goes, and nothing is lost."""
+    output_dir = tmp_path / "run"
+    process = start(output_dir)
+    process.wait_for("Saving step 6")
+    half_written = None
+    while not half_written:
+        process.send(signal.SIGSTOP)
+        half_written = [path for pattern in ("*-tmp*", ".saving-*") for path in output_dir.glob(pattern)]
+        process.send(signal.SIGKILL if half_written else signal.SIGCONT)
+        time.sleep(0.001)
+    assert process.end() == -signal.SIGKILL
+
+    process = start(output_dir, "--resume_from_checkpoint")
+    process.wait_for("evaluation at step 8")
+    process.send(signal.SIGKILL)
+    assert process.end() == -signal.SIGKILL
+    assert re.search("Resuming after step [36]", process.said())
+    assert not any(path.exists() for path in half_written if path.name.startswith(".saving-"))
+
+    train(output_dir, "--resume_from_checkpoint")
+    assert outcome(output_dir) == expected
+
+
+def test_signals_save_and_say_how_to_go_on(start, train, expected, tmp_path):
+    """SIGTERM while the step is compiled, then SIGINT in training: status 128 + signal, one line, and nothing lost."""
+    output_dir = tmp_path / "run"
+    advice = "run_mlm_flax.py: stopped as asked; to go on, run the same command with --resume_from_checkpoint"
+    process = start(output_dir)
+    process.wait_for("Compiling the training step")
+    process.send(signal.SIGTERM)
+    assert process.end() == 143
+    assert process.last_line() == advice
+    assert checkpoints(output_dir) == [0]
+
+    process = start(output_dir, "--resume_from_checkpoint")
+    process.wait_for("step 7 of 12")
+    process.send(signal.SIGINT)
+    assert process.end() == 130
+    assert process.last_line() == advice
+    assert "Resuming after step 0" in process.said()
+    assert checkpoints(output_dir)[-1] >= 7
+
+    train(output_dir, "--resume_from_checkpoint")
+    assert outcome(output_dir) == expected
+
+
+def test_a_second_interrupt_ends_at_once(start, tmp_path):
+    """Without finishing what is being compiled, and without saving."""
+    process = start(tmp_path / "run")
+    process.wait_for("Compiling the training step")
+    process.send(signal.SIGINT)
+    process.wait_for("Interrupt again to end at once")
+    process.send(signal.SIGINT)
+    assert process.end() == 130
+    assert "Saving" not in process.said()
+    assert checkpoints(tmp_path / "run") == []
+
+
+# ---- Damage --------------------------------------------------------------------------------------------------------------
+
+
+def largest_file(checkpoint: Path) -> Path:
+    return max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(checkpoint: Path) -> None:
+    path = largest_file(checkpoint)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    path = largest_file(checkpoint)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def lose_a_file(checkpoint: Path) -> None:
+    largest_file(checkpoint).unlink()
+
+
+def lose_the_state(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "state")
+
+
+def empty_the_progress(checkpoint: Path) -> None:
+    (checkpoint / "progress" / "metadata").write_text("")
+
+
+def change_a_digit_of_the_progress(checkpoint: Path) -> None:
+    path = checkpoint / "progress" / "metadata"
+    path.write_text(path.read_text().replace('"weight_sum": ', '"weight_sum": 1'))
+
+
+DAMAGES = [truncate, flip_a_bit, lose_a_file, lose_the_state, empty_the_progress, change_a_digit_of_the_progress]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_passed_over(damage, stopped, train, expected, capsys):
+    """With a warning that names it; the run goes on from the one before, and still gives the same."""
+    damage(stopped / "checkpoint-8")
+    train(stopped, "--resume_from_checkpoint")
+    stderr = capsys.readouterr().err
+    assert f"WARNING {stopped / 'checkpoint-8'} is damaged and passed over: " in stderr
+    assert "Resuming after step 6" in stderr
+    assert outcome(stopped) == expected
+
+
+def test_a_damaged_checkpoint_does_not_outlive_the_good_ones(stopped, train, expected):
+    """It does not count among the newest to keep: else a good one is deleted for it."""
+    truncate(stopped / "checkpoint-8")
+    flags = ["--resume_from_checkpoint", "--save_total_limit", 1]
+    train_until(train, stopped, 7, *flags)
+    train(stopped, *flags)
+    assert checkpoints(stopped) == [12]
+    assert outcome(stopped) == expected
+
+
+def test_all_checkpoints_damaged(stopped, train, error_of):
+    for checkpoint in stopped.glob("checkpoint-*"):
+        truncate(checkpoint)
+    message = error_of(train, stopped, "--resume_from_checkpoint")
+    assert f"--resume_from_checkpoint: no checkpoint in {stopped} can be read" in message
+
+
+def test_no_checkpoint(train, error_of, tmp_path):
+    """Nor does a half-written one count, and a path that leads nowhere is named."""
+    (tmp_path / "run" / "checkpoint-3.orbax-checkpoint-tmp").mkdir(parents=True)
+    message = error_of(train, tmp_path / "run", "--resume_from_checkpoint")
+    assert f"--resume_from_checkpoint: there is no checkpoint in {tmp_path / 'run'}" in message
+    message = error_of(train, tmp_path / "new", "--resume_from_checkpoint", tmp_path / "nowhere")
+    assert f"--resume_from_checkpoint {tmp_path / 'nowhere'}: no such directory" in message
+
+
+def test_half_written_checkpoints_are_cleared_away(stopped, train, expected):
+    shutil.copytree(stopped / "checkpoint-8", stopped / "checkpoint-9.orbax-checkpoint-tmp")
+    (stopped / ".saving-abc").mkdir()
+    (stopped / ".saving-abc" / "model.safetensors").write_text("half of")
+    train(stopped, "--resume_from_checkpoint")
+    assert outcome(stopped) == expected  # which lists the names
+
+
+# ---- Changed flags -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--learning_rate", 2e-3], "--learning_rate is 0.002, but "),
+        (["--seed", 7], "--seed is 7, but "),
+        (["--mlm_probability", 0.2], "--mlm_probability is 0.2, but "),
+        (["--max_seq_length", 16], "--max_seq_length is 16, but "),
+        (["--max_train_samples", 42], "--max_train_samples is 42, but "),
+        (["--per_device_train_batch_size", 4], "the batch size (--per_device_train_batch_size x devices x "),
+        (["--gradient_accumulation_steps", 2], "--gradient_accumulation_steps) is 16, but "),
+        (["--max_steps", 13], "the number of steps (--max_steps, --num_train_epochs) is 13, but "),
+        (["--warmup_steps", 3], "the number of warmup steps (--warmup_steps, --warmup_ratio) is 3, but "),
+        (["--adafactor"], "--adafactor is True, but "),
+        (["--config_overrides", "hidden_dropout_prob=0.1"], "the configuration's attention_probs_dropout_prob is 0.0, but "),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_changed_flag_is_named(change, named, stopped_after_8, train, error_of):
+    """With both values, and it is the flag, not what follows from it (such as other rows of tokens)."""
+    message = error_of(train, stopped_after_8, *change, "--resume_from_checkpoint")
+    assert named in message
+    assert f"{stopped_after_8}/checkpoint-8 was made with " in message
+
+
+def test_changed_text_is_named(stopped_after_8, train, texts, error_of, tmp_path):
+    """One word is enough."""
+    changed = tmp_path / "changed.txt"
+    changed.write_text("\n".join([*texts[:9], texts[9].replace("the", "a"), *texts[10:]]) + "\n", "utf-8")
+    assert texts[9].count("the")
+    message = error_of(train, stopped_after_8, "--train_file", changed, "--resume_from_checkpoint")
+    assert "the training data (checksum) is " in message
+
+
+def test_a_mistake_costs_no_results(uninterrupted, train, error_of):
+    """A finished run's results survive a resume that is refused."""
+    before = files(uninterrupted)
+    error_of(train, uninterrupted, "--learning_rate", 1, "--resume_from_checkpoint")
+    assert files(uninterrupted) == before
+
+
+def test_free_flags_may_change(stopped, corpus, train, expected, tmp_path):
+    """What is written, where and when: also a directory that was moved, text under another name, --num_train_steps."""
+    moved, copy = tmp_path / "elsewhere" / "moved", tmp_path / "copy.txt"
+    moved.parent.mkdir()
+    stopped.rename(moved)
+    shutil.copy(corpus, copy)
+    train(
+        moved, "--resume_from_checkpoint", moved / "checkpoint-6", "--train_file", copy, "--num_train_steps", 12,
+        "--logging_steps", 2, "--eval_steps", 6, "--save_steps", 1, "--save_total_limit", 3,
+    )  # fmt: skip
+    assert checkpoints(moved) == [10, 11, 12]
+    found = outcome(moved)
+    assert {key for key, value in expected.items() if value != found[key]} == {"picture", "points"}
+    assert found["points"]["train_loss"] == expected["points"]["train_loss"]
+    assert [step for step, _ in found["points"]["eval_loss"]] == [4, 6, 12]
+
+
+def test_into_another_directory(stopped_after_8, train, expected, tmp_path):
+    """A path may lead to the checkpoint of another output directory, which stays as it is."""
+    before = files(stopped_after_8)
+    train(tmp_path / "other", "--resume_from_checkpoint", stopped_after_8, "--save_total_limit", 1)
+    found = outcome(tmp_path / "other")
+    assert {key for key, value in expected.items() if value != found[key]} == {"points"}  # which begin with the window
+    assert found["points"]["train_loss"] == expected["points"]["train_loss"][7:]
+    assert checkpoints(tmp_path / "other") == [12]
+    assert files(stopped_after_8) == before
+
+
+# ---- Gradient accumulation -----------------------------------------------------------------------------------------------
+
+# Adam would blow up the rounding error of gradients that are zero, those of key biases.
+LARGE_BATCH = [
+    "--config_overrides", "hidden_dropout_prob=0.0", "--adam_epsilon", 1e-4, "--max_steps", 4, "--max_train_samples", 100,
+    "--logging_steps", 2,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def batches_of_32(train, tmp_path_factory) -> Path:
+    """4 updates from 32 rows each, at once; dropout off."""
+    output_dir = tmp_path_factory.mktemp("large")
+    train(output_dir, *LARGE_BATCH, "--per_device_train_batch_size", 32)
+    return output_dir
+
+
+def assert_close(found: Path, expected: Path) -> None:
+    """Curves to 1e-5, weights to 2e-5; steps exactly."""
+    points, expected_points = read_events(found), read_events(expected)
+    assert points.keys() == expected_points.keys()
+    for tag in ("train_loss", "train_grad_norm", "train_learning_rate", "eval_loss"):
+        assert dict(points[tag]) == pytest.approx(dict(expected_points[tag]), rel=1e-5), tag
+    weights, expected_weights = (load_file(path / "model.safetensors") for path in (found, expected))
+    for name in expected_weights:
+        np.testing.assert_allclose(weights[name], expected_weights[name], atol=2e-5, err_msg=name)
+
+
+def test_accumulation_equals_a_large_batch(batches_of_32, train, tmp_path):
+    """4 x 8 gives what 1 x 32 gives; steps, epochs, schedule and log count updates. And it is resumed exactly."""
+    flags = [*LARGE_BATCH, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 4]
+    results = train(tmp_path / "run", *flags)
+    assert_close(tmp_path / "run", batches_of_32)
+    assert [step for step, _ in read_events(tmp_path / "run")["train_loss"]] == [1, 2, 3, 4]
+    assert [step for step, _ in read_events(tmp_path / "run")["train_time"]] == [2, 4]
+    rates = [rate for _, rate in read_events(tmp_path / "run")["train_learning_rate"]]
+    assert rates == pytest.approx([0, 0.5e-3, 1e-3, 0.5e-3])
+    assert results["train_steps"] == 4
+    assert results["epoch"] == 4 / 3
+
+    train_until(train, tmp_path / "resumed", 1, *flags)
+    train(tmp_path / "resumed", *flags, "--resume_from_checkpoint")
+    assert outcome(tmp_path / "resumed") == outcome(tmp_path / "run")
+
+
+def test_accumulation_on_two_devices(batches_of_32, start, tmp_path):
+    """2 devices x 2 micro-batches x 8 rows give the same as well."""
+    flags = [*LARGE_BATCH, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2]
+    process = start(tmp_path / "run", *flags, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert process.end() == 0, process.said()
+    assert "on 2 device(s)" in process.said()
+    assert_close(tmp_path / "run", batches_of_32)
+
+
+# ---- What goes wrong in training and saving ------------------------------------------------------------------------------
+
+
+def test_divergence_stops_the_run(start, tmp_path):
+    """Status 1 and one line, which names the step and a remedy; the checkpoint before it is whole, and finite.
+
+    The warmup begins at 0, so the first step changes nothing, the second ruins the weights and the third shows it.
+    """
+    output_dir = tmp_path / "run"
+    process = start(output_dir, "--learning_rate", 1e30, "--save_steps", 1, "--logging_steps", 5)
+    assert process.end() == 1
+    (line,) = (line for line in process.said().splitlines() if not re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line))
+    assert re.match(r"run_mlm_flax.py: error: step 3: the loss is (nan|inf), the gradient norm (nan|inf)\. ", line)
+    assert "--learning_rate" in line
+    assert checkpoints(output_dir) == [1, 2]
+    for step in (1, 2):
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(read_state(output_dir / f"checkpoint-{step}")))
+    assert all(np.isfinite(array).all() for array in load_file(output_dir / "model.safetensors").values())
+    assert not (output_dir / "train_results.json").exists()
+
+
+LIMIT = 130_000  # bytes in a file: less than the weights take, more than anything else that is written from then on
+
+
+def test_full_disk(start, stopped, train, expected):
+    """No file may grow beyond a limit that the kernel sets: saves fail, earlier ones stay, and the exit status is 1."""
+    weights = (stopped / "model.safetensors").read_bytes()
+    process = start(stopped, "--resume_from_checkpoint")
+    process.wait_for("Resuming after step 8")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
+    assert process.end() == 1
+    for step in (9, 12):
+        (line,) = re.findall(f"ERROR Step {step} could not be saved: .*", process.said())
+        assert "File too large" in line
+        assert line.endswith("What was saved before is untouched.")
+    assert f"run_mlm_flax.py: error: the state after the last step was not saved in {stopped}" in process.said()
+    assert checkpoints(stopped) == [6, 8]
+    assert (stopped / "model.safetensors").read_bytes() == weights
+    train(stopped, "--resume_from_checkpoint")
+    assert outcome(stopped) == expected
+
+
+def test_disk_that_has_space_again(stopped, train, expected, monkeypatch, capfd):
+    """A failed save neither stops the run nor spoils the next one."""
+    save, unlimited = script.Saver.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_with_limit(saver, step, *args):
+        if step == 9:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, unlimited[1]))
+        save(saver, step, *args)
+        saver.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    monkeypatch.setattr(script.Saver, "save", save_with_limit)
+    train(stopped, "--resume_from_checkpoint")
+    assert "ERROR Step 9 could not be saved: " in capfd.readouterr().err
+    assert checkpoints(stopped) == [8, 12]
+    assert outcome(stopped) == expected
