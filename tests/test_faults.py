@@ -68,7 +68,10 @@ def kill_and_resume_until_done(flags: list, output_dir: Path, stderr: Path, rng:
     return num_half_written
 
 
-@pytest.mark.parametrize("more_flags", [[]], ids=["rows in memory"])
+STREAM = ["--streaming", "--shuffle_buffer_size", 50, "--num_eval_samples", 20]
+
+
+@pytest.mark.parametrize("more_flags", [[], STREAM], ids=["rows on disk", "stream"])
 def test_killed_twenty_times(more_flags, roberta_dir, corpus, tmp_path):
     """Weights, optimizer state and all logged values equal those of a run that nobody disturbed, bit for bit."""
     flags = ["--config_name", roberta_dir, "--tokenizer_name", roberta_dir, "--train_file", corpus, *FLAGS, *more_flags]

@@ -116,22 +116,8 @@ def test_only_process_0_writes(together):
     assert leftovers == []
 
 
-def test_stream_stopped_by_a_signal_to_one_process_goes_on_exactly(start, texts, tmp_path):
-    """SIGTERM reaches process 1 only: both save the same step and end with 143; resumed, they end like a run that nobody
-    stopped, bit for bit. Each process reads texts of its own."""
-    data = tmp_path / "some.txt"
-    data.write_text("\n".join(text for text in texts[:300] if "\r" not in text) + "\n", "utf-8")
-    flags = ["--train_file", data, *STREAM]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    ended = end_of(*start(whole, *flags))
-    assert ended.statuses == [0, 0], "\n".join(ended.logs)
-    results = json.loads((whole / "eval_results.json").read_text())
-    assert 1 < results["eval_loss"] < 6.5
-    assert [step for step, _ in read_events(whole)["eval_loss"]] == [STEPS // 2, STEPS]
-    progress = json.loads((whole / f"checkpoint-{STEPS}" / "progress" / "metadata").read_text())
-    first, second = progress["positions"]
-    assert first["carried"] != second["carried"]
-
+def stop_and_resume(start, stopped: Path, *flags) -> None:
+    """SIGTERM reaches process 1 only: both save the same step and end with 143; resumed, they run to the end."""
     processes, logs = start(stopped, *flags)
     deadline = time.monotonic() + 90
     while not (stopped / f"checkpoint-{SAVE}").exists() and time.monotonic() < deadline:
@@ -148,4 +134,28 @@ def test_stream_stopped_by_a_signal_to_one_process_goes_on_exactly(start, texts,
     ended = end_of(*start(stopped, *flags, "--resume_from_checkpoint"))
     assert ended.statuses == [0, 0], "\n".join(ended.logs)
     assert f"Resuming after step {last}" in ended.logs[0]
+
+
+def test_stopped_by_a_signal_to_one_process_goes_on_exactly(together, start, corpus, tmp_path):
+    """Bit for bit like the run that nobody stopped."""
+    stop_and_resume(start, tmp_path / "stopped", "--train_file", corpus)
+    assert_same_run(tmp_path / "stopped", together[0])
+
+
+def test_stream_stopped_by_a_signal_to_one_process_goes_on_exactly(start, texts, tmp_path):
+    """The same where each process reads texts of its own."""
+    data = tmp_path / "some.txt"
+    data.write_text("\n".join(text for text in texts[:300] if "\r" not in text) + "\n", "utf-8")
+    flags = ["--train_file", data, *STREAM]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    ended = end_of(*start(whole, *flags))
+    assert ended.statuses == [0, 0], "\n".join(ended.logs)
+    results = json.loads((whole / "eval_results.json").read_text())
+    assert 1 < results["eval_loss"] < 6.5
+    assert [step for step, _ in read_events(whole)["eval_loss"]] == [STEPS // 2, STEPS]
+    progress = json.loads((whole / f"checkpoint-{STEPS}" / "progress" / "metadata").read_text())
+    first, second = progress["positions"]
+    assert first["carried"] != second["carried"]
+
+    stop_and_resume(start, stopped, *flags)
     assert_same_run(stopped, whole)
