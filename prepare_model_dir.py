@@ -164,7 +164,7 @@ class TextSample:
 def load_sample(args: PrepareArguments) -> TextSample:
     """Load the text, and draw from it if it has more than `max_train_samples` rows."""
     if args.train_file:
-        source, dataset = args.train_file, load_text_file(args.train_file, "--train_file", args.cache_dir)
+        source, dataset = args.train_file, load_train_file(args.train_file, "--train_file", args.cache_dir)
     else:
         source, dataset = args.dataset_name, load_train_split(args)
     column, num_rows = find_text_column(dataset, args.text_column_name), len(dataset)
@@ -478,7 +478,7 @@ def check_text_file(path: str, flag: str) -> None:
         fail(f"{flag} {path}: is empty")
 
 
-def load_text_file(path: str, flag: str, cache_dir: str | None) -> datasets.Dataset:
+def load_train_file(path: str, flag: str, cache_dir: str | None) -> datasets.Dataset:
     """Read one local file with the loader of its suffix."""
     try:
         return datasets.load_dataset(data_loader_of(path), data_files=glob.escape(path), split="train", cache_dir=cache_dir)

@@ -43,7 +43,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 
 import datasets
 import datasets.distributed
@@ -197,12 +197,12 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a Hub repository."})
 
 
-# ---- Objective: yours to edit --------------------------------------------------------------------------------------------
-
-
 @dataclass
-class DataTrainingArguments:
-    """What to train on, and how rows are made and masked."""
+class DataArguments:
+    """Which text to train on. An objective adds its own flags, and may override the methods."""
+
+    row_length_flag: ClassVar[str] = "max_seq_length"  # the flag that sets the tokens per row
+    cuts_row_length: ClassVar[bool] = False  # what happens if it is more than the model can take: cut or refused
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Hub id, or a local directory (data files, or written by save_to_disk)."}
@@ -215,20 +215,9 @@ class DataTrainingArguments:
     text_column_name: str | None = field(
         default=None, metadata={"help": "Column with the text. Unset: 'text' if there is one, else the first text column."}
     )
-    train_ref_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Word references for whole-word masking (Chinese): for each text row a JSON list with the positions"
-            " of the tokens, [CLS] being 0, that continue a word."
-        },
-    )
-    validation_ref_file: str | None = field(default=None, metadata={"help": "The same for validation_file."})
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise again even if a cached result exists."})
     validation_split_percentage: int = field(
         default=5, metadata={"help": "Percentage of rows drawn as validation set if the data has none."}
-    )
-    max_seq_length: int | None = field(
-        default=None, metadata={"help": "Tokens per row. Unset: what tokenizer and model can take, at most 1024."}
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Keep only the first n training rows of tokens."})
@@ -242,6 +231,40 @@ class DataTrainingArguments:
     num_eval_samples: int = field(
         default=50_000, metadata={"help": "streaming: rows of tokens for evaluation, from the beginning, never trained on."}
     )
+
+    def check(self, model_args: ModelArguments) -> None:
+        """Refuse impossible settings of the objective before anything is loaded."""
+
+    def adapt_config(self, config: PretrainedConfig) -> None:
+        """Set what the objective needs of the model's configuration."""
+
+    def text_loader_options(self) -> dict[str, Any]:
+        """Options for reading txt files."""
+        return {}
+
+    def add_columns(self, dataset: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Add columns that the objective reads beside the text."""
+        return dataset
+
+
+# ---- Objective: yours to edit --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DataTrainingArguments(DataArguments):
+    """What to train on, and how rows are made and masked."""
+
+    train_ref_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Word references for whole-word masking (Chinese): for each text row a JSON list with the positions"
+            " of the tokens, [CLS] being 0, that continue a word."
+        },
+    )
+    validation_ref_file: str | None = field(default=None, metadata={"help": "The same for validation_file."})
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Tokens per row. Unset: what tokenizer and model can take, at most 1024."}
+    )
     line_by_line: bool = field(
         default=False, metadata={"help": "One text row = one truncated row of tokens; unset: texts are joined and cut."}
     )
@@ -252,85 +275,44 @@ class DataTrainingArguments:
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict, in (0, 1)."})
     whole_word_mask: bool = field(default=False, metadata={"help": "Mask all tokens of a word together."})
 
+    def check(self, model_args: ModelArguments) -> None:
+        """Refuse impossible settings of the objective before anything is loaded."""
+        if not 0 < self.mlm_probability < 1:
+            fail(f"--mlm_probability {self.mlm_probability}: must lie between 0 and 1, both excluded")
+        if self.whole_word_mask and not model_args.use_fast_tokenizer:
+            fail("--whole_word_mask: needs the fast tokenizer's character offsets; drop --no_use_fast_tokenizer")
+        if self.streaming and self.train_ref_file:
+            fail("--train_ref_file: not with --streaming, which does not know the row of a text")
+        for split in ("train", "validation"):
+            flag, path = f"--{split}_ref_file", getattr(self, f"{split}_ref_file")
+            if path and not self.whole_word_mask:
+                fail(f"{flag}: holds word references, which only --whole_word_mask uses; add that flag or drop this one")
+            if path and not getattr(self, f"{split}_file"):
+                fail(f"{flag}: refers to the rows of --{split}_file, which is not given")
+            if path and not os.path.isfile(path):
+                fail(f"{flag} {path}: no such file")
 
-def check_objective_arguments(data_args: DataTrainingArguments, model_args: ModelArguments) -> None:
-    """Refuse impossible settings of this objective before anything is loaded."""
-    if not 0 < data_args.mlm_probability < 1:
-        fail(f"--mlm_probability {data_args.mlm_probability}: must lie between 0 and 1, both excluded")
-    if data_args.whole_word_mask and not model_args.use_fast_tokenizer:
-        fail("--whole_word_mask: needs the fast tokenizer's character offsets; drop --no_use_fast_tokenizer")
-    if data_args.streaming and data_args.train_ref_file:
-        fail("--train_ref_file: not with --streaming, which does not know the row of a text")
-    for name in ("train_ref_file", "validation_ref_file"):
-        text_file = name.replace("ref_", "")
-        if getattr(data_args, name) and not data_args.whole_word_mask:
-            fail(f"--{name}: holds word references, which only --whole_word_mask uses; add that flag or drop this one")
-        if getattr(data_args, name) and not getattr(data_args, text_file):
-            fail(f"--{name}: refers to the rows of --{text_file}, which is not given")
-        if getattr(data_args, name) and not os.path.isfile(getattr(data_args, name)):
-            fail(f"--{name} {getattr(data_args, name)}: no such file")
-
-
-def check_objective_tokenizer(tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments) -> None:
-    """Refuse a tokenizer that lacks what this objective needs."""
-    source = model_args.tokenizer_name or model_args.model_name_or_path
-    for name, use in (("mask_token", "hide words"), ("pad_token", "fill up rows")):
-        if getattr(tokenizer, name) is None:
-            fail(f"--tokenizer_name {source}: has no {name}, needed to {use}; use a tokenizer made for masked models")
-
-
-def tokenize_and_group(
-    raw_datasets: Mapping[str, datasets.Dataset],
-    tokenizer: PreTrainedTokenizerBase,
-    data_args: DataTrainingArguments,
-    cache_dir: str | None,
-    max_seq_length: int,
-) -> dict[str, "TokenRows"]:
-    """Turn text into rows of `max_seq_length` tokens per split.
-
-    Texts are tokenised with the special tokens the tokenizer adds. With `line_by_line` each non-blank text becomes one row,
-    truncated and padded; else all texts are joined and cut into full rows, only the last of which is padded. With
-    `whole_word_mask` a second column, `word_starts`, is 1 where a word begins.
-    """
-    columns = row_columns(tokenizer, data_args)
-    rows = {}
-    for split, dataset in raw_datasets.items():
-        text_column = find_text_column(dataset, data_args.text_column_name)
-        tokenized = dataset.map(
-            make_tokenize_fn(tokenizer, data_args, text_column, max_seq_length),
-            batched=True,
-            num_proc=data_args.preprocessing_num_workers,
-            remove_columns=dataset.column_names,
-            features=datasets.Features({name: datasets.Sequence(datasets.Value("int32")) for name in columns}),
-            load_from_cache_file=not data_args.overwrite_cache,
-            desc=f"Tokenising {split}",
-        )
-        if len(tokenized) == 0:
-            fail(f"the {split} data holds no text in column {text_column}")
-        if data_args.line_by_line:
-            pad_to = max_seq_length if data_args.pad_to_max_length else None
-            rows[split] = pad_rows(tokenized, columns, max_seq_length, pad_to, cache_dir)
-        else:
-            rows[split] = cut_rows(tokenized, columns, max_seq_length, cache_dir)
-    return rows
+    def add_columns(self, dataset: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Add the word references of a file, one JSON list for every row, or for every row that is not blank."""
+        path = getattr(self, f"{split}_ref_file")
+        if path is None:
+            return dataset
+        try:
+            lines = Path(path).read_text("utf-8").splitlines()
+            references = [json.loads(line) for line in lines if line.strip()]
+        except ValueError as error:
+            fail(f"{path}: is not one JSON list per line: {first_line(error)}")
+        texts = dataset[find_text_column(dataset, self.text_column_name)]
+        blank = [not text or text.isspace() for text in texts]
+        if len(references) == len(blank) - sum(blank):
+            remaining = iter(references)
+            references = [[] if is_blank else next(remaining) for is_blank in blank]
+        if len(references) != len(blank):
+            fail(f"{path}: has {len(references)} word references for {len(blank)} rows ({sum(blank)} of them blank)")
+        return dataset.add_column(REFERENCE_COLUMN, references)
 
 
-def row_columns(tokenizer: PreTrainedTokenizerBase, data_args: DataTrainingArguments) -> dict[str, int]:
-    """The columns that rows of tokens have, with what fills them up."""
-    return {"input_ids": tokenizer.pad_token_id} | ({"word_starts": 1} if data_args.whole_word_mask else {})
-
-
-def make_tokenize_fn(
-    tokenizer: PreTrainedTokenizerBase, data_args: DataTrainingArguments, text_column: str, max_seq_length: int
-) -> Callable[[Mapping[str, list]], dict[str, list]]:
-    """What turns a batch of texts into a list of tokens per text and column."""
-    return functools.partial(
-        tokenize_texts,
-        tokenizer=tokenizer,
-        text_column=text_column,
-        max_length=max_seq_length if data_args.line_by_line else None,
-        with_word_starts=data_args.whole_word_mask,
-    )
+REFERENCE_COLUMN = "word_references"
 
 
 def tokenize_texts(
@@ -340,7 +322,10 @@ def tokenize_texts(
     max_length: int | None,
     with_word_starts: bool,
 ) -> dict[str, list]:
-    """Tokenise the non-blank texts of one `Dataset.map` batch."""
+    """Tokenise the non-blank texts of one `Dataset.map` batch, with the special tokens that the tokenizer adds.
+
+    Texts are truncated to `max_length` if that is given. A second column, `word_starts`, is 1 where a word begins.
+    """
     keep = [i for i, text in enumerate(batch[text_column]) if text and not text.isspace()]
     texts = [batch[text_column][i] for i in keep]
     if not texts:
@@ -405,7 +390,26 @@ class Collator:
     the model has to score the vocabulary only there; `K` is six standard deviations above the mean, hence shapes are fixed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data_args: DataTrainingArguments, max_seq_length: int):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PretrainedConfig,
+        data_args: DataTrainingArguments,
+        max_seq_length: int,
+    ):
+        for name, use in (("mask_token", "hide words"), ("pad_token", "fill up rows")):
+            if getattr(tokenizer, name) is None:
+                fail(f"--tokenizer_name: has no {name}, needed to {use}; use a tokenizer made for masked models")
+        # Rows of tokens: their columns with what fills them up, their length, and how text becomes tokens.
+        self.columns = {"input_ids": tokenizer.pad_token_id} | ({"word_starts": 1} if data_args.whole_word_mask else {})
+        self.row_length, self.line_by_line = max_seq_length, data_args.line_by_line
+        self.pad_to = max_seq_length if data_args.pad_to_max_length else None
+        self.tokenize_options = {
+            "max_length": max_seq_length if data_args.line_by_line else None,
+            "with_word_starts": data_args.whole_word_mask,
+        }
+        self.draws_per_row = max_seq_length  # uniform numbers that __call__ needs for a row
+
         ids = np.array(sorted(tokenizer.get_vocab().values()), np.int32)
         self.ordinary_ids = np.setdiff1d(ids, tokenizer.all_special_ids)
         self.is_special_V = np.zeros(ids[-1] + 1, bool)
@@ -413,7 +417,6 @@ class Collator:
         self.pad_token_id = tokenizer.pad_token_id
         self.mask_token_id = tokenizer.mask_token_id
         self.mlm_probability = data_args.mlm_probability
-        self.draws_per_row = max_seq_length
 
     def num_label_positions(self, num_tokens: int, mean_squared_unit: float = 1.0) -> int:
         """Capacity K for `num_tokens` positions: mean + 6 sigma of a binomial, rounded up to a multiple of 16."""
@@ -488,20 +491,7 @@ class Collator:
         return selected
 
 
-def count_tokens(batch: Mapping[str, np.ndarray]) -> int:
-    """Tokens that the model reads in a batch, padding left out: what "tokens per second" counts."""
-    return int(batch["attention_mask"].sum())
-
-
-# The Flax classes of this objective, by configuration class.
-FLAX_MODELS = FLAX_MODEL_FOR_MASKED_LM_MAPPING
-
-
-def load_model(config: PretrainedConfig, model_args: ModelArguments, **kwargs) -> FlaxPreTrainedModel:
-    """Build the model, from `model_name_or_path` if that is given. `kwargs` go to the Flax class."""
-    if model_args.model_name_or_path:
-        return FlaxAutoModelForMaskedLM.from_pretrained(model_args.model_name_or_path, config=config, **kwargs)
-    return FlaxAutoModelForMaskedLM.from_config(config, **kwargs)
+MODEL_CLASS, FLAX_MODELS = FlaxAutoModelForMaskedLM, FLAX_MODEL_FOR_MASKED_LM_MAPPING
 
 
 # The module that turns hidden states into scores of the vocabulary, by the name it has in the Flax classes.
@@ -674,7 +664,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[ModelArguments, DataTra
     if not (training_args.do_train or training_args.do_eval):
         training_args.do_train = training_args.do_eval = True
     check_arguments(model_args, data_args, training_args)
-    check_objective_arguments(data_args, model_args)
+    data_args.check(model_args)
     return model_args, data_args, training_args
 
 
@@ -782,9 +772,6 @@ def check_text_file(path: str, flag: str) -> None:
         fail(f"{flag} {path}: is empty")
 
 
-REFERENCE_COLUMN = "word_references"  # from train_ref_file and validation_ref_file
-
-
 def load_raw_datasets(
     data_args: DataTrainingArguments, model_args: ModelArguments, training_args: TrainingArguments
 ) -> dict[str, datasets.Dataset]:
@@ -800,10 +787,7 @@ def load_raw_datasets(
         for split in ("train", "validation"):
             path = getattr(data_args, f"{split}_file")
             if path:
-                splits[split] = load_text_file(path, f"--{split}_file", model_args.cache_dir)
-                reference_file = getattr(data_args, f"{split}_ref_file", None)
-                if reference_file:
-                    splits[split] = add_word_references(splits[split], reference_file, data_args.text_column_name)
+                splits[split] = data_args.add_columns(load_text_file(path, split, data_args, model_args.cache_dir), split)
     if "validation" not in splits:
         splits |= draw_validation_split(splits["train"], data_args.validation_split_percentage, training_args.seed)
     wanted = ["train"] * training_args.do_train + ["validation"] * training_args.do_eval
@@ -813,12 +797,14 @@ def load_raw_datasets(
     return {split: splits[split] for split in wanted}
 
 
-def load_text_file(path: str, flag: str, cache_dir: str | None) -> datasets.Dataset:
-    """Read one local file with the loader of its suffix."""
+def load_text_file(path: str, split: str, data_args: DataArguments, cache_dir: str | None, **options):
+    """Read one local file with the loader of its suffix: a Dataset, or with streaming=True an IterableDataset."""
+    loader = data_loader_of(path)
+    options |= data_args.text_loader_options() if loader == "text" else {}
     try:
-        return datasets.load_dataset(data_loader_of(path), data_files=glob.escape(path), split="train", cache_dir=cache_dir)
+        return datasets.load_dataset(loader, data_files=glob.escape(path), split="train", cache_dir=cache_dir, **options)
     except (datasets.exceptions.DatasetsError, ValueError) as error:
-        fail(f"{flag} {path}: is empty or cannot be read as {data_loader_of(path)}: {first_line(error.__cause__ or error)}")
+        fail(f"--{split}_file {path}: is empty or cannot be read as {loader}: {first_line(error.__cause__ or error)}")
 
 
 def load_named_dataset(data_args: DataTrainingArguments, model_args: ModelArguments) -> dict[str, datasets.Dataset]:
@@ -845,15 +831,15 @@ def prepare_data(
     model_args: ModelArguments,
     training_args: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
-    row_length: int,
+    collator: "Collator",
 ) -> tuple["TextStream | None", dict[str, "TokenRows"]]:
     """The rows of tokens of each split; with `streaming` a stream stands for those of training."""
     if data_args.streaming:
-        stream, rows = stream_data(data_args, model_args, training_args, tokenizer, row_length)
+        stream, rows = stream_data(data_args, model_args, training_args, tokenizer, collator)
     else:
         with main_process_first():
             raw_datasets = load_raw_datasets(data_args, model_args, training_args)
-            stream, rows = None, tokenize_and_group(raw_datasets, tokenizer, data_args, model_args.cache_dir, row_length)
+            stream, rows = None, tokenize_and_group(raw_datasets, tokenizer, collator, data_args, model_args.cache_dir)
     return stream, limit_rows(rows, data_args)
 
 
@@ -880,23 +866,6 @@ def find_text_column(dataset: datasets.Dataset, text_column_name: str | None) ->
 
 
 TEXT_TYPES = ("string", "large_string")
-
-
-def add_word_references(dataset: datasets.Dataset, path: str, text_column_name: str | None) -> datasets.Dataset:
-    """Add the word references of a file, one JSON list for every row, or for every row that is not blank."""
-    texts = dataset[find_text_column(dataset, text_column_name)]
-    try:
-        lines = Path(path).read_text("utf-8").splitlines()
-        references = [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error:
-        fail(f"{path}: is not one JSON list per line: {first_line(error)}")
-    blank = [not text or text.isspace() for text in texts]
-    if len(references) == len(blank) - sum(blank):
-        remaining = iter(references)
-        references = [[] if is_blank else next(remaining) for is_blank in blank]
-    if len(references) != len(blank):
-        fail(f"{path}: has {len(references)} word references for {len(blank)} rows ({sum(blank)} of them blank)")
-    return dataset.add_column(REFERENCE_COLUMN, references)
 
 
 def set_up_logging() -> None:
@@ -1005,11 +974,15 @@ def match_config_and_tokenizer(
 ) -> None:
     """Every token id needs an embedding (else it reads NaN), and a fresh model the tokenizer's special ids."""
     num_ids = max(tokenizer.get_vocab().values()) + 1
+    if num_ids > config.vocab_size and config.is_encoder_decoder and not model_args.model_name_or_path:
+        config.vocab_size = 64 * math.ceil(num_ids / 64)
+        logger.warning("vocab_size=%d: the configuration has fewer than the tokenizer's ids.", config.vocab_size)
     if num_ids > config.vocab_size:
         remedy = "use the tokenizer these weights were trained with"
         if not model_args.model_name_or_path:
             remedy = f"add --config_overrides vocab_size={64 * math.ceil(num_ids / 64)}"
         fail(f"the tokenizer has ids up to {num_ids - 1}, the model embeds only {config.vocab_size}: {remedy}")
+    starts_with_eos = getattr(config, "decoder_start_token_id", None) == config.eos_token_id
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         token_id = getattr(tokenizer, name)
         if token_id is None or token_id == getattr(config, name, None):
@@ -1018,6 +991,8 @@ def match_config_and_tokenizer(
             logger.warning("The tokenizer's %s is %d, the model's %s.", name, token_id, getattr(config, name, None))
         else:
             setattr(config, name, token_id)
+    if config.is_encoder_decoder and (config.decoder_start_token_id is None or not model_args.model_name_or_path):
+        config.decoder_start_token_id = config.eos_token_id if starts_with_eos else config.pad_token_id
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -1028,16 +1003,46 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return limit
 
 
-def choose_row_length(asked: int | None, flag: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+def choose_row_length(data_args: DataArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens per row: what is asked for if the model can take it, else the limit of tokenizer and model, at most 1024."""
-    limit = max_positions(config)
+    flag, asked, limit = data_args.row_length_flag, getattr(data_args, data_args.row_length_flag), max_positions(config)
     if asked is None:
         return min(tokenizer.model_max_length, limit or 1024, 1024)
-    if limit is not None and asked > limit:
-        fail(f"{flag} {asked}: the model has positions for {limit} tokens; lower it, or train a model with more")
-    if asked > tokenizer.model_max_length:
-        logger.warning("%s %d is cut to the tokenizer's limit, %d.", flag, asked, tokenizer.model_max_length)
-    return min(asked, tokenizer.model_max_length)
+    if limit is not None and asked > limit and not data_args.cuts_row_length:
+        fail(f"--{flag} {asked}: the model has positions for {limit} tokens; lower it, or train a model with more")
+    most = min(tokenizer.model_max_length, limit or asked)
+    if asked > most:
+        logger.warning("--%s %d is cut to what tokenizer and model can take, %d.", flag, asked, most)
+    return min(asked, most)
+
+
+def tokenize_and_group(
+    raw_datasets: Mapping[str, datasets.Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    collator: "Collator",
+    data_args: DataArguments,
+    cache_dir: str | None,
+) -> dict[str, "TokenRows"]:
+    """Turn text into rows of tokens per split: all texts joined and cut, or one row per text if the collator wants it so."""
+    rows = {}
+    for split, dataset in raw_datasets.items():
+        text_column = find_text_column(dataset, data_args.text_column_name)
+        tokenized = dataset.map(
+            functools.partial(tokenize_texts, tokenizer=tokenizer, text_column=text_column, **collator.tokenize_options),
+            batched=True,
+            num_proc=data_args.preprocessing_num_workers,
+            remove_columns=dataset.column_names,
+            features=datasets.Features({name: datasets.Sequence(datasets.Value("int32")) for name in collator.columns}),
+            load_from_cache_file=not data_args.overwrite_cache,
+            desc=f"Tokenising {split}",
+        )
+        if len(tokenized) == 0:
+            fail(f"the {split} data holds no text in column {text_column}")
+        if collator.line_by_line:
+            rows[split] = pad_rows(tokenized, collator.columns, collator.row_length, collator.pad_to, cache_dir)
+        else:
+            rows[split] = cut_rows(tokenized, collator.columns, collator.row_length, cache_dir)
+    return rows
 
 
 # Columns of token ids and the like, each [rows, T], by name.
@@ -1115,29 +1120,27 @@ class TextStream:
         open_dataset: Callable[[], datasets.IterableDataset],
         tokenize_fn: Callable[[Mapping[str, list]], Mapping[str, list]],
         text_column: str,
-        columns: Mapping[str, int],
-        row_length: int,
-        data_args: DataTrainingArguments,
+        collator: "Collator",
+        window_size: int,
         seed: int,
     ):
         self.open_dataset, self.tokenize_fn, self.text_column = open_dataset, tokenize_fn, text_column
-        self.columns, self.row_length, self.line_by_line = columns, row_length, data_args.line_by_line
-        self.window_size, self.seed = data_args.shuffle_buffer_size, seed
+        self.collator, self.window_size, self.seed = collator, window_size, seed
 
     def make_rows(self, texts: list[str], carried: Mapping[str, list[int]]) -> tuple[TokenRows, dict[str, list[int]]]:
         """Tokenise texts into full rows, and what is left over."""
-        tokenized = self.tokenize_fn({self.text_column: texts})
+        tokenized, row_length = self.tokenize_fn({self.text_column: texts}), self.collator.row_length
         rows, left_over = {}, {}
-        for name, padding in self.columns.items():
-            if self.line_by_line:
-                rows[name] = np.full((len(tokenized[name]), self.row_length), padding, np.int32)
+        for name, padding in self.collator.columns.items():
+            if self.collator.line_by_line:
+                rows[name] = np.full((len(tokenized[name]), row_length), padding, np.int32)
                 for row, values in zip(rows[name], tokenized[name], strict=True):
                     row[: len(values)] = values
                 continue
             parts = [np.asarray(part, np.int32) for part in (carried.get(name, []), *tokenized[name])]
             flat = np.concatenate(parts)
-            end = len(flat) // self.row_length * self.row_length
-            rows[name], left_over[name] = flat[:end].reshape(-1, self.row_length), flat[end:].tolist()
+            end = len(flat) // row_length * row_length
+            rows[name], left_over[name] = flat[:end].reshape(-1, row_length), flat[end:].tolist()
         return rows, left_over
 
     def first_rows(self, num_rows: int) -> tuple[TokenRows, int]:
@@ -1151,7 +1154,7 @@ class TextStream:
             part, carried = self.make_rows(batch, carried)
             parts.append(part)
             num_texts, found = num_texts + len(batch), found + len(part["input_ids"])
-        return {name: np.concatenate([part[name] for part in parts])[:num_rows] for name in self.columns}, num_texts
+        return {name: np.concatenate([part[name] for part in parts])[:num_rows] for name in self.collator.columns}, num_texts
 
     def windows(self, position: Mapping[str, Any] | None) -> Iterator[tuple[TokenRows, dict[str, Any]]]:
         """Windows without end, epoch after epoch, each with the position of its start."""
@@ -1178,9 +1181,7 @@ class TextStream:
                 fail("no text is left to train on: lower --num_eval_samples or give more text")
             dataset, epoch, window = self.open_dataset(), epoch + 1, 0
 
-    def batches(
-        self, collator: Callable, plan: "Plan", first_step: int, position: Mapping[str, Any] | None
-    ) -> Iterator[dict[str, Any]]:
+    def batches(self, plan: "Plan", first_step: int, position: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
         """This process's part of every training batch, as `train_batches` gives it, with the position behind it."""
         local = plan.local_rows(plan.train_batch_size)
         num_rows, rows_used = local.stop - local.start, position["rows_used"] if position else 0
@@ -1194,9 +1195,9 @@ class TextStream:
                 part = {name: array[rows_used : rows_used + missing] for name, array in rows.items()}
                 taken = len(part["input_ids"])
                 parts, missing, rows_used = [*parts, part], missing - taken, rows_used + taken
-            batch = collator(
-                {name: np.concatenate([part[name] for part in parts]) for name in self.columns},
-                row_uniforms(self.seed, ("noise", step), local.start, num_rows, collator.draws_per_row),
+            batch = self.collator(
+                {name: np.concatenate([part[name] for part in parts]) for name in self.collator.columns},
+                row_uniforms(self.seed, ("noise", step), local.start, num_rows, self.collator.draws_per_row),
                 np.ones(num_rows, bool),
                 plan.num_micro_batches * plan.num_local_devices,
             )
@@ -1208,21 +1209,19 @@ def open_text_stream(
     split: str, data_args: DataTrainingArguments, model_args: ModelArguments, num_skipped: int = 0
 ) -> datasets.IterableDataset | None:
     """This process's shard of a split as a stream, without its first texts; None if there is no such split."""
-    path = getattr(data_args, f"{split}_file")
-    options = {"split": split, "streaming": True, "cache_dir": model_args.cache_dir, "token": model_args.token}
-    try:
-        if data_args.dataset_name:
-            if split not in datasets.get_dataset_split_names(
-                data_args.dataset_name, data_args.dataset_config_name, token=model_args.token
-            ):
+    path, named = getattr(data_args, f"{split}_file"), (data_args.dataset_name, data_args.dataset_config_name)
+    if path and not data_args.dataset_name:
+        dataset = load_text_file(path, split, data_args, model_args.cache_dir, streaming=True)
+    elif not data_args.dataset_name:
+        return None
+    else:
+        try:
+            if split not in datasets.get_dataset_split_names(*named, token=model_args.token):
                 return None
-            dataset = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **options)
-        elif path:
-            dataset = datasets.load_dataset(data_loader_of(path), data_files={split: glob.escape(path)}, **options)
-        else:
-            return None
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        fail(f"{f'--{split}_file {path}' if path else f'--dataset_name {data_args.dataset_name}'}: {first_line(error)}")
+            options = {"streaming": True, "cache_dir": model_args.cache_dir, "token": model_args.token}
+            dataset = datasets.load_dataset(*named, split=split, **options)
+        except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+            fail(f"--dataset_name {data_args.dataset_name}: {first_line(error)}")
     dataset = datasets.distributed.split_dataset_by_node(dataset, jax.process_index(), jax.process_count())
     return dataset.skip(num_skipped) if num_skipped else dataset
 
@@ -1232,7 +1231,7 @@ def stream_data(
     model_args: ModelArguments,
     training_args: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
-    row_length: int,
+    collator: "Collator",
 ) -> tuple[TextStream | None, dict[str, TokenRows]]:
     """The training stream and the evaluation rows; without validation data these come from the beginning of the stream.
 
@@ -1247,11 +1246,12 @@ def stream_data(
     text_column = find_text_column(example, data_args.text_column_name)
     make_stream = functools.partial(
         TextStream,
-        tokenize_fn=make_tokenize_fn(tokenizer, data_args, text_column, row_length),
+        tokenize_fn=functools.partial(
+            tokenize_texts, tokenizer=tokenizer, text_column=text_column, **collator.tokenize_options
+        ),
         text_column=text_column,
-        columns=row_columns(tokenizer, data_args),
-        row_length=row_length,
-        data_args=data_args,
+        collator=collator,
+        window_size=data_args.shuffle_buffer_size,
         seed=training_args.seed,
     )
     rows, num_held_out = {}, 0
@@ -1434,7 +1434,7 @@ def put_on_devices(
     def put(batch):
         batch = dict(batch)
         position = batch.pop("position", None)
-        num_tokens = count_tokens(batch)
+        num_tokens = int(batch["attention_mask"].sum())  # padding is left out of "tokens per second"
         num_micro_batches = batch["input_ids"].shape[: len(spec) - 1]
         batch["stop"] = np.full((*num_micro_batches, jax.local_device_count()), stop.requested, np.int32)
         arrays = {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
@@ -1488,12 +1488,13 @@ def load_params(config: PretrainedConfig, model_args: ModelArguments, training_a
         if source:
             logger.info("Loading weights from %s", source)
             options = {"cache_dir": model_args.cache_dir, "token": model_args.token}
-            loaded = load_model(config, model_args, dtype=dtype, trust_remote_code=model_args.trust_remote_code, **options)
+            options |= {"trust_remote_code": model_args.trust_remote_code, "dtype": dtype}
+            loaded = MODEL_CLASS.from_pretrained(source, config=config, **options)
             params, model = loaded.params, type(loaded)(config, dtype=dtype, _do_init=False)  # holds no second copy
             del loaded
             config.torch_dtype = "float32"  # what is trained and saved here, whatever the checkpoint was stored in
         else:
-            model = load_model(config, model_args, dtype=dtype, _do_init=False)
+            model = MODEL_CLASS.from_config(config, dtype=dtype, _do_init=False)
     except (OSError, ValueError, ZeroDivisionError) as error:
         fail(f"{f'--model_name_or_path {source}' if source else 'the configuration'}: no model: {first_line(error)}")
     if training_args.gradient_checkpointing:
@@ -2437,21 +2438,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with main_process_first():
         config = load_config(model_args)
         tokenizer = load_tokenizer(model_args)
-    check_objective_tokenizer(tokenizer, model_args)
+    data_args.adapt_config(config)
     match_config_and_tokenizer(config, tokenizer, model_args)
-    row_length = choose_row_length(data_args.max_seq_length, "--max_seq_length", config, tokenizer)
-    stream, rows = prepare_data(data_args, model_args, training_args, tokenizer, row_length)
+    collator = Collator(tokenizer, config, data_args, choose_row_length(data_args, config, tokenizer))
+    stream, rows = prepare_data(data_args, model_args, training_args, tokenizer, collator)
     num_rows = {split: len(columns["input_ids"]) for split, columns in rows.items()}
 
     # Sizes, weights, and the compiled programs.
-    plan = make_plan(training_args, None if stream else num_rows.get("train", 0), row_length)
+    plan = make_plan(training_args, None if stream else num_rows.get("train", 0), collator.row_length)
     with main_process_first():
         prepare_output_dir(training_args)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     model, params = load_params(config, model_args, training_args, mesh)
-    log_plan(plan, num_rows, row_length, params)
+    log_plan(plan, num_rows, collator.row_length, params)
     p_train_step, p_eval_step, optimizer = compile_steps(model, training_args, plan, mesh)
-    collator = Collator(tokenizer, data_args, row_length)
     evaluator = Evaluator(rows.get("validation"), collator, plan, training_args.seed, mesh, p_eval_step)
     results: dict[str, float] = {}
     with StopSignal() as stop, logging_redirect_tqdm([logger] if sys.stderr.isatty() else []):
@@ -2470,7 +2470,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
                 evaluator.history = {int(step): metrics for step, metrics in progress["evaluations"].items()}
             step, position = int(state.step), progress["positions"][plan.process_index] if progress else None
             if stream:
-                batches = stream.batches(collator, plan, step, position)
+                batches = stream.batches(plan, step, position)
             else:
                 batches = train_batches(rows["train"], collator, plan, training_args.seed, step)
             batches = put_on_devices(batches, mesh, PartitionSpec(None, "data"), stop)

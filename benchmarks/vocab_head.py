@@ -53,7 +53,7 @@ def make_batches(args) -> tuple[dict, dict]:
     """The same masked rows in both layouts."""
     rng = np.random.default_rng(0)
     ids = rng.integers(5, args.vocab_size, (args.batch_size, args.seq_length)).astype(np.int32)
-    collator = script.Collator(FakeTokenizer(args.vocab_size), script.DataTrainingArguments(), args.seq_length)
+    collator = script.Collator(FakeTokenizer(args.vocab_size), None, script.DataTrainingArguments(), args.seq_length)
     labelled = collator({"input_ids": ids}, rng.random(ids.shape), np.ones(len(ids), bool), 1)
     labels, weights = np.zeros(ids.size, np.int32), np.zeros(ids.size, np.float32)
     counted = labelled["label_weights"] > 0

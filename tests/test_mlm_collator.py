@@ -10,7 +10,7 @@ import run_mlm_flax as script
 
 
 def make_collator(tokenizer, row_length, mlm_probability=0.15):
-    return script.Collator(tokenizer, script.DataTrainingArguments(mlm_probability=mlm_probability), row_length)
+    return script.Collator(tokenizer, None, script.DataTrainingArguments(mlm_probability=mlm_probability), row_length)
 
 
 def uniforms(shape, seed=0):

@@ -206,7 +206,7 @@ def test_loss_equals_the_plain_computation(model_type, byte_level_tokenizer):
     sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 512, "dropout": 0.0, "attention_dropout": 0.0}
     config = script.CONFIG_MAPPING[model_type](**sizes)
     model = FlaxAutoModelForMaskedLM.from_config(config, seed=1)
-    collator = script.Collator(byte_level_tokenizer, script.DataTrainingArguments(), 32)
+    collator = script.Collator(byte_level_tokenizer, config, script.DataTrainingArguments(), 32)
     ids = np.random.default_rng(0).integers(5, 509, (6, 32)).astype(np.int32)
     ids[0, 20:] = 1
     noise = script.row_uniforms(0, ("noise",), 0, 6, 32)
@@ -305,17 +305,18 @@ def test_line_by_line(texts, roberta_dir, byte_level_tokenizer, tmp_path):
     """One non-blank text, one row; padded to the longest, a multiple of 16, never beyond the limit (defects 66, 67)."""
     lines = ["short", "", "   ", "a little longer than that one is", texts[0]]
     (tmp_path / "lines.txt").write_text("\n".join(lines))
-    raw = {"train": script.load_text_file(str(tmp_path / "lines.txt"), "--train_file", None)}
+    raw = {"train": script.load_text_file(str(tmp_path / "lines.txt"), "train", script.DataTrainingArguments(), None)}
 
     def rows_of(max_seq_length, **kwargs):
         data_args = script.DataTrainingArguments(line_by_line=True, **kwargs)
-        return script.tokenize_and_group(raw, byte_level_tokenizer, data_args, None, max_seq_length)["train"]["input_ids"]
+        collator = script.Collator(byte_level_tokenizer, None, data_args, max_seq_length)
+        return script.tokenize_and_group(raw, byte_level_tokenizer, collator, data_args, None)["train"]["input_ids"]
 
     assert rows_of(20).shape == (3, 20)
     assert rows_of(64, pad_to_max_length=True).shape == (3, 64)
     del lines[-1]
     (tmp_path / "lines.txt").write_text("\n".join(lines))
-    raw = {"train": script.load_text_file(str(tmp_path / "lines.txt"), "--train_file", None)}
+    raw = {"train": script.load_text_file(str(tmp_path / "lines.txt"), "train", script.DataTrainingArguments(), None)}
     rows = rows_of(64)
     assert rows.shape[0] == 2
     assert rows.shape[1] % 16 == 0
@@ -334,7 +335,8 @@ def test_grouping_loses_nothing(texts, byte_level_tokenizer, num_proc):
     """All tokens, in order, whatever the number of processes; only the last row is padded (defects 74, 75)."""
     raw = {"train": datasets.Dataset.from_dict({"text": texts * 3})}
     data_args = script.DataTrainingArguments(preprocessing_num_workers=num_proc)
-    rows = script.tokenize_and_group(raw, byte_level_tokenizer, data_args, None, 48)["train"]["input_ids"]
+    collator = script.Collator(byte_level_tokenizer, None, data_args, 48)
+    rows = script.tokenize_and_group(raw, byte_level_tokenizer, collator, data_args, None)["train"]["input_ids"]
     expected = [i for ids in byte_level_tokenizer(texts, verbose=False)["input_ids"] for i in ids] * 3
     assert rows.shape == (math.ceil(len(expected) / 48), 48)
     assert rows.reshape(-1)[: len(expected)].tolist() == expected

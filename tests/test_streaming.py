@@ -75,7 +75,8 @@ def open_stream(path, tokenizer, num_eval_samples=1, **flags):
         **{source: str(path)}, streaming=True, num_eval_samples=num_eval_samples, **{"shuffle_buffer_size": 30} | flags
     )
     training_args = script.TrainingArguments(output_dir="", do_train=True, do_eval=True, max_steps=1)
-    stream, rows = script.stream_data(data_args, script.ModelArguments(), training_args, tokenizer, ROW)
+    collator = script.Collator(tokenizer, None, data_args, ROW)
+    stream, rows = script.stream_data(data_args, script.ModelArguments(), training_args, tokenizer, collator)
     return stream, rows["validation"]["input_ids"]
 
 

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watch the copies that standalone scripts share: one name, one source.
 
-    python utils/check_copies.py          report functions and classes that differ between scripts
+    python utils/check_copies.py          report functions, classes and constants that differ between scripts
     python utils/check_copies.py --fix    overwrite the differing ones with the source in run_mlm_flax.py
 
-Compared are top-level functions and classes, with their decorators, of all scripts in the root of the repository. What
+Compared are top-level functions and classes, with their decorators, and constants of all scripts in the root. What
 differs on purpose stands in ALLOWED_VARIANTS, with the reason; an entry that no longer differs is an error too.
 """
 
@@ -21,16 +21,22 @@ MAX_VARIANTS = 9
 # Name of the function or class: why it differs from script to script.
 ALLOWED_VARIANTS: dict[str, str] = {
     "main": "prepare_model_dir.py has a main of its own; the training scripts share theirs",
+    "DataTrainingArguments": "an objective's own flags and their checks",
+    "tokenize_texts": "an objective's own columns: words, sentences, end-of-sequence tokens",
+    "Collator": "an objective's noise and labels",
+    "loss_fn": "an objective's inputs and labelled positions",
 }
 
 
 def definitions(path: Path) -> dict[str, tuple[int, int]]:
-    """Lines, from the first decorator to the last (0-based, end excluded), of the top-level functions and classes."""
+    """Lines, from the first decorator to the last (0-based, end excluded), of what a script defines at its top level."""
     spans = {}
     for node in ast.parse(path.read_text("utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             spans[node.name] = (first - 1, node.end_lineno)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            spans[node.targets[0].id] = (node.lineno - 1, node.end_lineno)
     return spans
 
 
@@ -84,7 +90,7 @@ def main() -> None:
         print(f"{len(ALLOWED_VARIANTS)} allowed variants are too many: at most {MAX_VARIANTS}")
     if differing or unneeded or len(ALLOWED_VARIANTS) > MAX_VARIANTS:
         sys.exit(1)
-    print(f"{len(scripts)} scripts: every function and class they share is the same")
+    print(f"{len(scripts)} scripts: every function, class and constant they share is the same")
 
 
 if __name__ == "__main__":
