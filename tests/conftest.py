@@ -19,9 +19,11 @@ os.environ |= {
 import _pydecimal
 import argparse
 import asyncio.base_events
+import contextlib
 import json
 import optparse
 import pydoc
+import re
 import subprocess
 import sys
 import typing
@@ -133,6 +135,23 @@ def run_script():
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
 
     return run
+
+
+@pytest.fixture
+def refuses(capsys):
+    """with refuses(pattern): a person's mistake, exit status 2 and a line on standard error that matches."""
+
+    @contextlib.contextmanager
+    def expect(pattern: str):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            yield
+        line = capsys.readouterr().err
+        assert caught.value.code == 2
+        assert line.count("\n") == 1
+        assert re.search(pattern, line), line
+
+    return expect
 
 
 @pytest.fixture
