@@ -9,11 +9,13 @@ The directory holds no weights; a training script starts from it. These commands
         --config_overrides "hidden_size=256,num_hidden_layers=4,intermediate_size=1024" --output_dir my-roberta
 
 The tokenizer puts the model type's special tokens around texts, every id it gives has an embedding, and the model's limit
-of positions is its limit too. Same data, flags and seed give the same files. The last line logged is the command to train.
+of positions is its limit too; T5 has none. Same data, flags and seed give the same files. The last line logged is the
+command to train. t5 and mt5 need t5_tokenizer_model.py beside this script; the other types need nothing.
 """
 
 import dataclasses
 import glob
+import importlib.util
 import json
 import logging
 import math
@@ -41,9 +43,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerFast,
     RobertaTokenizerFast,
+    T5TokenizerFast,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 logger = logging.getLogger(__name__)
+DEFAULT_MIN_FREQUENCY = 2
 
 
 # ---- Arguments -----------------------------------------------------------------------------------------------------------
@@ -59,10 +64,13 @@ class PrepareArguments:
         metadata={"help": "Write into a non-empty output_dir, replacing its tokenizer and configuration."},
     )
     model_type: str | None = field(
-        default=None, metadata={"help": "roberta, bert, gpt2 or bart. Unset: the type of config_name."}
+        default=None, metadata={"help": "roberta, bert, gpt2, bart, t5 or mt5. Unset: the type of config_name."}
     )
     config_name: str | None = field(
-        default=None, metadata={"help": "Configuration to start from (Hub id or directory). Unset: the library's default."}
+        default=None,
+        metadata={
+            "help": "Configuration to start from (Hub id or directory). Unset: the library's default; t5: T5 v1.1, base size."
+        },
     )
     config_overrides: str | None = field(default=None, metadata={"help": "Changes to the configuration: key=value,key=value."})
     dataset_name: str | None = field(
@@ -84,13 +92,18 @@ class PrepareArguments:
     )
     vocab_size: int | None = field(
         default=None,
-        metadata={"help": "Entries of the tokenizer, special tokens included. Unset: 50265 (gpt2: 50257, bert: 30522)."},
+        metadata={
+            "help": "Entries of the tokenizer, special tokens included, of which t5 and mt5 have 103. Unset: 50265 (gpt2:"
+            " 50257, bert: 30522, t5: 32100, mt5: 250100)."
+        },
     )
     min_frequency: int = field(
-        default=2, metadata={"help": "Pieces are merged into a new entry if they stand together at least so many times."}
+        default=DEFAULT_MIN_FREQUENCY,
+        metadata={"help": "Pieces are merged into a new entry if they stand together so many times; not for t5 and mt5."},
     )
     lowercase: bool = field(
-        default=False, metadata={"help": "bert: ignore case and accents, as uncased BERT does. Unset: keep both."}
+        default=False,
+        metadata={"help": "bert: ignore case and accents, as uncased BERT does; t5, mt5: ignore case. Unset: keep both."},
     )
     seed: int = field(default=42, metadata={"help": "Draws the max_train_samples rows."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and converted data are kept."})
@@ -212,6 +225,7 @@ class Family(NamedTuple):
     min_vocab_size: int
     training_script: str
     config_ids: Mapping[str, str] = {}  # field of the configuration -> the tokenizer's id, beside pad, bos and eos
+    config: Mapping[str, Any] = {}  # changes to the library's default configuration, unless --config_name is given
 
 
 def build_byte_level_bpe(
@@ -275,6 +289,22 @@ def wordpiece_alphabet(sample: TextSample, tokenizer: Tokenizer, limit: int) -> 
     return characters + ["##" + c for c in characters if num_words("a" + c) == 1]  # no punctuation, no Chinese
 
 
+def build_unigram(sample: TextSample, family: Family, vocab_size: int, args: PrepareArguments) -> PreTrainedTokenizerFast:
+    """Unigram pieces and T5's sentinels, the first of which has the highest id, as in the published models (defect 55)."""
+    from t5_tokenizer_model import SentencePieceUnigramTokenizer, VocabularyTooSmallError  # check_tokenizer_flags saw it
+
+    tokenizer = SentencePieceUnigramTokenizer(lowercase=args.lowercase)
+    try:
+        tokenizer.train_from_iterator(sample, vocab_size - NUM_SENTINELS, sys.stderr.isatty(), length=len(sample))
+    except VocabularyTooSmallError as error:
+        needed = error.needed + NUM_SENTINELS
+        fail(f"--vocab_size {vocab_size}: too small; special tokens and the characters of this text take {needed}")
+    # The class would add them too, but forwards.
+    tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(NUM_SENTINELS))])
+    return family.tokenizer_class(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), extra_ids=NUM_SENTINELS)
+
+
+NUM_SENTINELS = 100  # what T5TokenizerFast expects
 ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BART_IDS = {
@@ -282,12 +312,25 @@ BART_IDS = {
     "forced_bos_token_id": "bos_token_id",
     "forced_eos_token_id": "eos_token_id",
 }
+T5_TOKENS = ("<pad>", "</s>", "<unk>")
+T5_IDS = {"decoder_start_token_id": "pad_token_id"}
+T5_MIN_VOCAB_SIZE = len(T5_TOKENS) + NUM_SENTINELS + 2
+T5_V1_1_BASE = {
+    "d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}  # fmt: skip
 FAMILIES = {
     "roberta": Family(build_byte_level_bpe, RobertaTokenizerFast, ROBERTA_TOKENS, 50265, 256 + 5, "run_mlm_flax.py"),
     "bert": Family(build_wordpiece, BertTokenizerFast, BERT_TOKENS, 30522, 5 + 1, "run_mlm_flax.py"),
     "gpt2": Family(build_byte_level_bpe, GPT2TokenizerFast, ("<|endoftext|>",), 50257, 256 + 1, "run_clm_flax.py"),
     "bart": Family(
         build_byte_level_bpe, BartTokenizerFast, ROBERTA_TOKENS, 50265, 256 + 5, "run_bart_dlm_flax.py", BART_IDS
+    ),
+    "t5": Family(
+        build_unigram, T5TokenizerFast, T5_TOKENS, 32100, T5_MIN_VOCAB_SIZE, "run_t5_mlm_flax.py", T5_IDS, T5_V1_1_BASE
+    ),
+    "mt5": Family(
+        build_unigram, T5TokenizerFast, T5_TOKENS, 250100, T5_MIN_VOCAB_SIZE, "run_t5_mlm_flax.py", T5_IDS
     ),
 }  # fmt: skip
 
@@ -298,8 +341,11 @@ FAMILIES = {
 def load_base_config(args: PrepareArguments) -> PretrainedConfig:
     """The configuration to start from, with `config_overrides` applied and checked."""
     if args.config_name is None:
-        config = CONFIG_MAPPING[args.model_type]()
+        config = CONFIG_MAPPING[args.model_type](**FAMILIES[args.model_type].config)
     else:
+        # transformers would guess a configuration from the path, if there is a model type somewhere in it.
+        if os.path.isdir(args.config_name) and not os.path.isfile(os.path.join(args.config_name, "config.json")):
+            fail(f"--config_name {args.config_name}: no configuration can be loaded: there is no config.json in it")
         try:
             config = AutoConfig.from_pretrained(args.config_name, cache_dir=args.cache_dir, token=args.token)
         except (OSError, ValueError, KeyError) as error:
@@ -323,10 +369,10 @@ SIZES = dict.fromkeys(
     (
         "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "type_vocab_size", "n_inner",
         "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim",
-        "decoder_ffn_dim",
+        "decoder_ffn_dim", "d_ff", "d_kv", "num_decoder_layers",
     ),
     1,
-) | {"max_position_embeddings": 16}  # fmt: skip
+) | {"max_position_embeddings": 16, "relative_attention_num_buckets": 4}  # fmt: skip
 
 
 def check_sizes(config: PretrainedConfig, args: PrepareArguments) -> None:
@@ -336,9 +382,14 @@ def check_sizes(config: PretrainedConfig, args: PrepareArguments) -> None:
         if size is None:
             continue
         if not isinstance(size, int) or size < minimum:
+            name = name if name in overridden_fields(args) else config.attribute_map.get(name, name)
             fail(f"--config_overrides {name}={size}: must be a whole number, at least {minimum}")
-        if name.endswith("attention_heads") and config.hidden_size % size:
+        if name.endswith("attention_heads") and not hasattr(config, "d_kv") and config.hidden_size % size:
             fail(f"--config_overrides {name}={size}: does not divide the hidden size, {config.hidden_size}")
+    distance = getattr(config, "relative_attention_max_distance", None)
+    if distance is not None and distance <= config.relative_attention_num_buckets // 2:  # a logarithm of their ratio is taken
+        minimum = config.relative_attention_num_buckets // 2 + 1
+        fail(f"--config_overrides relative_attention_max_distance={distance}: must be at least {minimum}, for so many buckets")
     if hasattr(config, "encoder_layers"):
         if "num_hidden_layers" in overridden_fields(args):
             fail("--config_overrides num_hidden_layers: has no effect here; set encoder_layers and decoder_layers")
@@ -348,11 +399,22 @@ def check_sizes(config: PretrainedConfig, args: PrepareArguments) -> None:
             fail(f"--config_overrides {name}: follows from the tokenizer and cannot be set")
 
 
+def check_tokenizer_flags(model_type: str, args: PrepareArguments) -> None:
+    """Refuse flags that this kind of tokenizer has no use for, and a script that was copied without what it needs."""
+    build = FAMILIES[model_type].build_tokenizer
+    if args.lowercase and build is build_byte_level_bpe:
+        fail(f"--lowercase: {model_type} tokenizers give text back unchanged; only bert, t5 and mt5 have a form without case")
+    if build is build_unigram:
+        if args.min_frequency != DEFAULT_MIN_FREQUENCY:
+            fail(f"--min_frequency {args.min_frequency}: has no effect here; {model_type} tokenizers are not made by merging")
+        if importlib.util.find_spec("t5_tokenizer_model") is None:
+            fail(f"--model_type {model_type}: needs t5_tokenizer_model.py; copy it into the directory of this script")
+
+
 def choose_vocab_size(config: PretrainedConfig, args: PrepareArguments) -> int:
     """Entries the tokenizer is to have."""
     family = FAMILIES[config.model_type]
-    if args.lowercase and family.build_tokenizer is not build_wordpiece:
-        fail(f"--lowercase: {config.model_type} tokenizers give text back unchanged; only bert has a form without case")
+    check_tokenizer_flags(config.model_type, args)
     vocab_size = family.vocab_size if args.vocab_size is None else args.vocab_size
     if vocab_size < family.min_vocab_size:
         fail(f"--vocab_size {vocab_size}: too small; characters and special tokens alone take {family.min_vocab_size}")
@@ -372,7 +434,7 @@ def fit_to_each_other(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFa
     for config_name, tokenizer_name in (ids | FAMILIES[config.model_type].config_ids).items():
         setattr(config, config_name, getattr(tokenizer, tokenizer_name))
     config.architectures = None  # the training script decides
-    tokenizer.model_max_length = max_positions(config)
+    tokenizer.model_max_length = max_positions(config) or VERY_LARGE_INTEGER  # T5 has relative positions: no limit
 
 
 # Files by which AutoTokenizer or a model would take on traits of what was in the directory before.
@@ -400,12 +462,14 @@ def log_result(
     args: PrepareArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, asked: int, written: list[str]
 ) -> None:
     """Say what was made, and how to go on."""
+    limit = max_positions(config)
     logger.info(
-        "Vocabulary: %d entries of %d asked for, %d embeddings; rows of up to %d tokens",
-        len(tokenizer), asked, config.vocab_size, tokenizer.model_max_length,
+        "Vocabulary: %d entries of %d asked for, %d embeddings; rows of %s",
+        len(tokenizer), asked, config.vocab_size, "any length" if limit is None else f"up to {limit} tokens",
     )  # fmt: skip
     if len(tokenizer) < asked:
-        logger.warning("The text is too small for more entries; give more text, or a lower --vocab_size or --min_frequency.")
+        lower = "--vocab_size" if isinstance(tokenizer, T5TokenizerFast) else "--vocab_size or --min_frequency"
+        logger.warning("The text is too small for more entries; give more text, or a lower %s.", lower)
     logger.info("Wrote to %s: %s", args.output_dir, ", ".join(written))
     data = ["--train_file", args.train_file] if args.train_file else ["--dataset_name", args.dataset_name]
     command = ["python", FAMILIES[config.model_type].training_script]
@@ -522,6 +586,8 @@ def apply_config_overrides(config: PretrainedConfig, overrides: str) -> None:
         name = config.attribute_map.get(key, key)
         if not equals:
             fail(f"--config_overrides {override}: write key=value")
+        if name in ("dense_act_fn", "is_gated_act"):
+            fail(f"--config_overrides {key}: follows from feed_forward_proj; set that")
         if name not in fields:
             fail(f"--config_overrides {key}: is no field of a {config.model_type} configuration")
         kind = type(fields[name])
@@ -532,11 +598,24 @@ def apply_config_overrides(config: PretrainedConfig, overrides: str) -> None:
         except ValueError as error:
             fail(f"--config_overrides {override}: {key} {error}")
         changed.append(config.attribute_map.get(name, name))
-    heads = config.attribute_map.get("num_attention_heads", "num_attention_heads")
-    hidden_size, num_heads = getattr(config, "hidden_size", 0), getattr(config, heads, 1)
-    if "num_attention_heads" not in changed and heads not in changed and hidden_size % num_heads:
-        setattr(config, heads, max(1, hidden_size // 64))
-        logger.info("%s=%d: heads of 64 fit a hidden size of %d.", heads, getattr(config, heads), hidden_size)
+    update_derived_fields(config, fields, changed)
+
+
+def update_derived_fields(config: PretrainedConfig, before: Mapping[str, Any], changed: Sequence[str]) -> None:
+    """Change what follows from the changed fields; `before` are all fields as they were."""
+    hidden, heads = (config.attribute_map.get(name, name) for name in ("hidden_size", "num_attention_heads"))
+    if hidden in changed and heads not in changed and getattr(config, hidden) % getattr(config, heads):
+        setattr(config, heads, max(1, getattr(config, hidden) // 64))
+        logger.info("%s=%d: heads of 64 fit a hidden size of %d.", heads, getattr(config, heads), getattr(config, hidden))
+    had_equal_depths = "num_layers" in changed and before.get("num_decoder_layers") == before["num_layers"]
+    if had_equal_depths and "num_decoder_layers" not in changed:  # T5
+        config.num_decoder_layers = config.num_layers
+    if "feed_forward_proj" in changed:  # T5
+        try:
+            derived = type(config)(feed_forward_proj=config.feed_forward_proj)
+        except ValueError:
+            fail(f"--config_overrides feed_forward_proj={config.feed_forward_proj}: write NAME or gated-NAME, as gated-gelu")
+        config.dense_act_fn, config.is_gated_act = derived.dense_act_fn, derived.is_gated_act
 
 
 def parse_as(kind: type, text: str) -> Any:

@@ -357,11 +357,12 @@ class FusedHead:
     where the model has no head of a known name; the scores that the model returns are a placeholder.
     """
 
-    CHUNK_SCORES = 2**25  # scores at a time: 128 MiB in float32, large enough for full speed on every device
+    CHUNK_SCORES = 2**24  # scores at a time, 64 MiB in float32, or more if there were more than ...
+    MAX_CHUNKS = 16  # ... so many chunks: small ones keep no accelerator busy
 
     def __init__(self, labels: jax.Array, weights: jax.Array, vocab_size: int, bias_V: jax.Array | None = None):
         self.labels_N, self.weights_N, self.bias_V = labels.reshape(-1), weights.reshape(-1), bias_V
-        self.num_chunks = math.ceil(self.labels_N.size * vocab_size / self.CHUNK_SCORES)
+        self.num_chunks = min(math.ceil(self.labels_N.size * vocab_size / self.CHUNK_SCORES), self.MAX_CHUNKS)
         self.sums: tuple[jax.Array, jax.Array] | None = None
 
     def __enter__(self) -> "FusedHead":
@@ -809,6 +810,10 @@ def supported_model_types() -> str:
 def load_config(model_args: ModelArguments) -> PretrainedConfig:
     """The configuration to build the model from, with `config_overrides` applied to a fresh one."""
     source = model_args.config_name or model_args.model_name_or_path
+    flag = "--config_name" if model_args.config_name else "--model_name_or_path"
+    # transformers would guess a configuration from the path, if there is a model type somewhere in it.
+    if source and os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        fail(f"{flag} {source}: no configuration can be loaded: there is no config.json in it")
     if source is None:
         logger.warning("Fresh weights in the default configuration of %s.", model_args.model_type)
         config = CONFIG_MAPPING[model_args.model_type]()
@@ -817,7 +822,6 @@ def load_config(model_args: ModelArguments) -> PretrainedConfig:
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=model_args.trust_remote_code, **options)
         except (OSError, ValueError, KeyError) as error:
-            flag = "--config_name" if model_args.config_name else "--model_name_or_path"
             fail(f"{flag} {source}: no configuration can be loaded: {first_line(error)}")
     if type(config) not in FLAX_MODELS and not model_args.trust_remote_code:
         fail(f"model type {config.model_type}: has no Flax class for this objective; {supported_model_types()}")
@@ -835,6 +839,8 @@ def apply_config_overrides(config: PretrainedConfig, overrides: str) -> None:
         name = config.attribute_map.get(key, key)
         if not equals:
             fail(f"--config_overrides {override}: write key=value")
+        if name in ("dense_act_fn", "is_gated_act"):
+            fail(f"--config_overrides {key}: follows from feed_forward_proj; set that")
         if name not in fields:
             fail(f"--config_overrides {key}: is no field of a {config.model_type} configuration")
         kind = type(fields[name])
@@ -845,11 +851,24 @@ def apply_config_overrides(config: PretrainedConfig, overrides: str) -> None:
         except ValueError as error:
             fail(f"--config_overrides {override}: {key} {error}")
         changed.append(config.attribute_map.get(name, name))
-    heads = config.attribute_map.get("num_attention_heads", "num_attention_heads")
-    hidden_size, num_heads = getattr(config, "hidden_size", 0), getattr(config, heads, 1)
-    if "num_attention_heads" not in changed and heads not in changed and hidden_size % num_heads:
-        setattr(config, heads, max(1, hidden_size // 64))
-        logger.info("%s=%d: heads of 64 fit a hidden size of %d.", heads, getattr(config, heads), hidden_size)
+    update_derived_fields(config, fields, changed)
+
+
+def update_derived_fields(config: PretrainedConfig, before: Mapping[str, Any], changed: Sequence[str]) -> None:
+    """Change what follows from the changed fields; `before` are all fields as they were."""
+    hidden, heads = (config.attribute_map.get(name, name) for name in ("hidden_size", "num_attention_heads"))
+    if hidden in changed and heads not in changed and getattr(config, hidden) % getattr(config, heads):
+        setattr(config, heads, max(1, getattr(config, hidden) // 64))
+        logger.info("%s=%d: heads of 64 fit a hidden size of %d.", heads, getattr(config, heads), getattr(config, hidden))
+    had_equal_depths = "num_layers" in changed and before.get("num_decoder_layers") == before["num_layers"]
+    if had_equal_depths and "num_decoder_layers" not in changed:  # T5
+        config.num_decoder_layers = config.num_layers
+    if "feed_forward_proj" in changed:  # T5
+        try:
+            derived = type(config)(feed_forward_proj=config.feed_forward_proj)
+        except ValueError:
+            fail(f"--config_overrides feed_forward_proj={config.feed_forward_proj}: write NAME or gated-NAME, as gated-gelu")
+        config.dense_act_fn, config.is_gated_act = derived.dense_act_fn, derived.is_gated_act
 
 
 def parse_as(kind: type, text: str) -> Any:

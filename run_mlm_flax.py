@@ -888,6 +888,10 @@ def supported_model_types() -> str:
 def load_config(model_args: ModelArguments) -> PretrainedConfig:
     """The configuration to build the model from, with `config_overrides` applied to a fresh one."""
     source = model_args.config_name or model_args.model_name_or_path
+    flag = "--config_name" if model_args.config_name else "--model_name_or_path"
+    # transformers would guess a configuration from the path, if there is a model type somewhere in it.
+    if source and os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        fail(f"{flag} {source}: no configuration can be loaded: there is no config.json in it")
     if source is None:
         logger.warning("Fresh weights in the default configuration of %s.", model_args.model_type)
         config = CONFIG_MAPPING[model_args.model_type]()
@@ -896,7 +900,6 @@ def load_config(model_args: ModelArguments) -> PretrainedConfig:
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=model_args.trust_remote_code, **options)
         except (OSError, ValueError, KeyError) as error:
-            flag = "--config_name" if model_args.config_name else "--model_name_or_path"
             fail(f"{flag} {source}: no configuration can be loaded: {first_line(error)}")
     if type(config) not in FLAX_MODELS and not model_args.trust_remote_code:
         fail(f"model type {config.model_type}: has no Flax class for this objective; {supported_model_types()}")
@@ -914,6 +917,8 @@ def apply_config_overrides(config: PretrainedConfig, overrides: str) -> None:
         name = config.attribute_map.get(key, key)
         if not equals:
             fail(f"--config_overrides {override}: write key=value")
+        if name in ("dense_act_fn", "is_gated_act"):
+            fail(f"--config_overrides {key}: follows from feed_forward_proj; set that")
         if name not in fields:
             fail(f"--config_overrides {key}: is no field of a {config.model_type} configuration")
         kind = type(fields[name])
@@ -924,11 +929,24 @@ def apply_config_overrides(config: PretrainedConfig, overrides: str) -> None:
         except ValueError as error:
             fail(f"--config_overrides {override}: {key} {error}")
         changed.append(config.attribute_map.get(name, name))
-    heads = config.attribute_map.get("num_attention_heads", "num_attention_heads")
-    hidden_size, num_heads = getattr(config, "hidden_size", 0), getattr(config, heads, 1)
-    if "num_attention_heads" not in changed and heads not in changed and hidden_size % num_heads:
-        setattr(config, heads, max(1, hidden_size // 64))
-        logger.info("%s=%d: heads of 64 fit a hidden size of %d.", heads, getattr(config, heads), hidden_size)
+    update_derived_fields(config, fields, changed)
+
+
+def update_derived_fields(config: PretrainedConfig, before: Mapping[str, Any], changed: Sequence[str]) -> None:
+    """Change what follows from the changed fields; `before` are all fields as they were."""
+    hidden, heads = (config.attribute_map.get(name, name) for name in ("hidden_size", "num_attention_heads"))
+    if hidden in changed and heads not in changed and getattr(config, hidden) % getattr(config, heads):
+        setattr(config, heads, max(1, getattr(config, hidden) // 64))
+        logger.info("%s=%d: heads of 64 fit a hidden size of %d.", heads, getattr(config, heads), getattr(config, hidden))
+    had_equal_depths = "num_layers" in changed and before.get("num_decoder_layers") == before["num_layers"]
+    if had_equal_depths and "num_decoder_layers" not in changed:  # T5
+        config.num_decoder_layers = config.num_layers
+    if "feed_forward_proj" in changed:  # T5
+        try:
+            derived = type(config)(feed_forward_proj=config.feed_forward_proj)
+        except ValueError:
+            fail(f"--config_overrides feed_forward_proj={config.feed_forward_proj}: write NAME or gated-NAME, as gated-gelu")
+        config.dense_act_fn, config.is_gated_act = derived.dense_act_fn, derived.is_gated_act
 
 
 def parse_as(kind: type, text: str) -> Any:

@@ -16,15 +16,27 @@ import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoTokenizer, BartConfig, BertConfig, GPT2Config, RobertaConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BartConfig,
+    BertConfig,
+    GPT2Config,
+    MT5Config,
+    RobertaConfig,
+    T5Config,
+)
 
 import prepare_model_dir
 from prepare_model_dir import FAMILIES
 
 BYTE_LEVEL = ("roberta", "gpt2", "bart")
+UNIGRAM = ("t5", "mt5")
 VOCAB_SIZE = 700  # no multiple of 64
 POSITIONS = 66
-SMALL = f"hidden_size=32,max_position_embeddings={POSITIONS}"
+SMALL = dict.fromkeys(FAMILIES, f"hidden_size=32,max_position_embeddings={POSITIONS}") | dict.fromkeys(
+    UNIGRAM, "hidden_size=32"
+)
 NASTY = (
     " leading, double  and trailing ",
     "tab\tnew\nline\r\nno-break\u00a0space\u2028line separator\u3000ideographic",
@@ -55,7 +67,7 @@ def no_progress_bars():
 def model_dirs(corpus, tmp_path_factory) -> dict[str, Path]:
     """One directory for every model type."""
     root = tmp_path_factory.mktemp("models")
-    return {name: prepare(root / name, corpus, "--config_overrides", SMALL, model_type=name) for name in FAMILIES}
+    return {name: prepare(root / name, corpus, "--config_overrides", SMALL[name], model_type=name) for name in FAMILIES}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -86,6 +98,7 @@ def test_special_tokens_surround_texts(family):
         "bart": ([bos, *first, eos], [bos, *first, eos, eos, *second, eos]),
         "bert": ([cls, *first, sep], [cls, *first, sep, *second, sep]),
         "gpt2": (first, first + second),
+        **dict.fromkeys(UNIGRAM, ([*first, eos], [*first, eos, *second, eos])),
     }[name]
     assert tokenizer("The first text.").input_ids == single
     assert tokenizer("The first text.", "And another.").input_ids == pair
@@ -100,12 +113,16 @@ def test_special_ids_are_those_of_the_published_models(family):
     roberta = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     expected = {"roberta": roberta, "bart": roberta, "bert": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]}
     assert first == expected.get(name, first)
+    assert first[:3] == ["<pad>", "</s>", "<unk>"] or name not in UNIGRAM
     assert first[0] == "<|endoftext|>" or name != "gpt2"
 
 
 def test_the_class_is_that_of_the_model_type(family):
     """Also the slow one, from vocab.json and merges.txt (or vocab.txt), which gives the same ids."""
     name, path = family
+    if name in UNIGRAM:
+        assert type(AutoTokenizer.from_pretrained(path)).__name__ == "T5TokenizerFast"
+        return  # the slow one needs a file of the sentencepiece library
     fast, slow = AutoTokenizer.from_pretrained(path), AutoTokenizer.from_pretrained(path, use_fast=False)
     prefix = {"roberta": "Roberta", "bert": "Bert", "gpt2": "GPT2", "bart": "Bart"}[name]
     assert (type(fast).__name__, type(slow).__name__) == (f"{prefix}TokenizerFast", f"{prefix}Tokenizer")
@@ -119,7 +136,10 @@ def test_the_limit_is_that_of_the_model(family):
     """Defect 68: model_max_length was 1e30. RoBERTa numbers positions from pad_token_id + 1, so it has two fewer."""
     name, path = family
     limit = AutoTokenizer.from_pretrained(path).model_max_length
-    assert limit == (POSITIONS - 2 if name == "roberta" else POSITIONS)
+    if name in UNIGRAM:
+        assert limit > 1e9  # relative positions
+    else:
+        assert limit == (POSITIONS - 2 if name == "roberta" else POSITIONS)
 
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
@@ -198,7 +218,8 @@ def test_the_configuration_fits_the_tokenizer(family):
     """Defect 60: the vocabulary was forced to len(tokenizer), which is rarely a multiple of 64."""
     name, path = family
     tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
-    assert type(config) is {"roberta": RobertaConfig, "bert": BertConfig, "gpt2": GPT2Config, "bart": BartConfig}[name]
+    classes = {"roberta": RobertaConfig, "bert": BertConfig, "gpt2": GPT2Config, "bart": BartConfig}
+    assert type(config) is (classes | {"t5": T5Config, "mt5": MT5Config})[name]
     assert config.vocab_size == 704
     assert config.hidden_size == 32
     assert config.hidden_size % config.num_attention_heads == 0
@@ -217,6 +238,7 @@ def test_configuration_ids_of_each_type(model_dirs):
         "bert": {"pad_token_id": 0},
         "gpt2": {"bos_token_id": 0, "eos_token_id": 0},
         "bart": three | {"decoder_start_token_id": 2, "forced_bos_token_id": 0, "forced_eos_token_id": 2},
+        **{key: {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1} for key in UNIGRAM},
     }
 
 
@@ -233,6 +255,84 @@ def test_config_name_is_the_base(few_texts, tmp_path):
     config = AutoConfig.from_pretrained(path)
     assert (config.model_type, config.d_model, config.vocab_size) == ("bart", 64, 704)
     assert (config.pad_token_id, config.forced_bos_token_id, config.architectures) == (1, 0, None)
+
+
+# ---- T5 ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", UNIGRAM)
+def test_sentinels_are_the_highest_ids_backwards(model_dirs, name):
+    """Defect 55: the old README added them forwards, so the first span got <extra_id_99>."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dirs[name])
+    sentinels = [f"<extra_id_{i}>" for i in range(100)]
+    assert tokenizer.convert_tokens_to_ids(sentinels) == [VOCAB_SIZE - 1 - i for i in range(100)]
+    assert set(sentinels) <= set(tokenizer.all_special_tokens)
+    token_ids = tokenizer("Return <extra_id_0> value<extra_id_1>").input_ids
+    assert [i for i in token_ids if i >= VOCAB_SIZE - 100] == [VOCAB_SIZE - 1, VOCAB_SIZE - 2]
+    assert tokenizer.decode(token_ids, skip_special_tokens=True).split() == ["Return", "value"]
+
+
+def test_t5_keeps_case_unless_told_otherwise(few_texts, tmp_path):
+    """Defect 62."""
+    cased = AutoTokenizer.from_pretrained(prepare(tmp_path / "cased", few_texts, model_type="t5"))
+    uncased = AutoTokenizer.from_pretrained(prepare(tmp_path / "uncased", few_texts, "--lowercase", model_type="t5"))
+    assert cased.tokenize("THE") != cased.tokenize("the")
+    assert uncased.tokenize("THE") == uncased.tokenize("the")
+
+
+def test_t5_is_the_base_size_of_its_second_version(few_texts, tmp_path):
+    """Entries and embeddings, by default, are those of google/t5-v1_1-base and google/mt5-small too."""
+    config = AutoConfig.from_pretrained(prepare(tmp_path / "out", few_texts, model_type="t5"))
+    sizes = (config.d_model, config.d_kv, config.d_ff, config.num_layers, config.num_decoder_layers, config.num_heads)
+    assert sizes == (768, 64, 2048, 12, 12, 12)
+    assert (config.feed_forward_proj, config.is_gated_act, config.dense_act_fn) == ("gated-gelu", True, "gelu_new")
+    assert not config.tie_word_embeddings
+    assert [-(-FAMILIES[name].vocab_size // 64) * 64 for name in UNIGRAM] == [32128, 250112]
+
+
+@pytest.mark.parametrize(
+    "name, overrides, expected",
+    [
+        ("t5", "num_layers=4", {"num_layers": 4, "num_decoder_layers": 4}),
+        ("t5", "num_hidden_layers=4", {"num_layers": 4, "num_decoder_layers": 4}),
+        ("t5", "num_layers=4,num_decoder_layers=2", {"num_layers": 4, "num_decoder_layers": 2}),
+        ("t5", "num_decoder_layers=2", {"num_layers": 12, "num_decoder_layers": 2}),
+        ("t5", "feed_forward_proj=relu", {"is_gated_act": False, "dense_act_fn": "relu"}),
+        ("t5", "d_model=96,num_heads=5,d_kv=8,d_ff=40", {"d_model": 96, "num_heads": 5, "d_kv": 8, "d_ff": 40}),
+        ("t5", "d_model=256", {"d_model": 256, "num_heads": 4}),
+        ("mt5", "dropout_rate=0", {"d_model": 512, "num_heads": 6, "dropout_rate": 0.0, "num_layers": 8}),
+    ],
+)  # fmt: skip
+def test_overrides_of_t5(name, overrides, expected):
+    """Also fields that the class derives from others only when it makes a configuration."""
+    args = prepare_model_dir.PrepareArguments("out", model_type=name, config_overrides=overrides)
+    config = prepare_model_dir.load_base_config(args)
+    assert {field: getattr(config, field) for field in expected} == expected
+    assert type(config)(**config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_a_decoder_of_another_depth_is_kept(tmp_path):
+    T5Config(num_layers=6, num_decoder_layers=2).to_json_file(tmp_path / "config.json")
+    args = prepare_model_dir.PrepareArguments("out", config_name=str(tmp_path), config_overrides="num_layers=4")
+    config = prepare_model_dir.load_base_config(args)
+    assert (config.num_layers, config.num_decoder_layers) == (4, 2)
+
+
+def test_log_of_t5(few_texts, tmp_path, capsys):
+    out = prepare(tmp_path / "out", few_texts, model_type="t5", vocab_size=20000)
+    log = capsys.readouterr().err
+    assert f"run_t5_mlm_flax.py --config_name {out} --tokenizer_name {out}" in log
+    assert "embeddings; rows of any length" in log
+    assert "a lower --vocab_size.\n" in log
+
+
+def test_t5_alone_in_a_folder(few_texts, tmp_path, run_script):
+    """Copied without the tokenizer's file, the script says what it needs."""
+    script = shutil.copy(prepare_model_dir.__file__, tmp_path)
+    flags = ("--model_type", "t5", "--train_file", few_texts, "--output_dir", "out")
+    result = run_script(script, *flags, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "error: --model_type t5: needs t5_tokenizer_model.py" in result.stderr.splitlines()[-1]
 
 
 # ---- Text ----------------------------------------------------------------------------------------------------------------
@@ -368,6 +468,7 @@ def test_alone_in_a_folder_with_a_json_file(few_texts, tmp_path, run_script):
 
 TEXT = ["--train_file", "text.txt"]
 ROBERTA = ["--model_type", "roberta"]
+T5 = ["--model_type", "t5"]
 MISTAKES = {
     "no data": (ROBERTA, "--train_file or --dataset_name"),
     "two sources": ([*ROBERTA, *TEXT, "--dataset_name", "x"], "--train_file and --dataset_name"),
@@ -383,7 +484,7 @@ MISTAKES = {
     "dataset broken": ([*ROBERTA, "--dataset_name", "broken"], "--dataset_name broken: cannot be loaded"),
     "dataset unreachable": ([*ROBERTA, "--dataset_name", "nobody/none"], "--dataset_name nobody/none: cannot be loaded"),
     "dataset part alone": ([*ROBERTA, *TEXT, "--dataset_config_name", "x"], "--dataset_config_name"),
-    "no type": (TEXT, "--model_type (roberta, bert, gpt2, bart) or --config_name"),
+    "no type": (TEXT, "--model_type (roberta, bert, gpt2, bart, t5, mt5) or --config_name"),
     "type unknown": ([*TEXT, "--model_type", "rnn"], "--model_type rnn: not supported; choose roberta, bert, gpt2, bart"),
     "type known elsewhere": ([*TEXT, "--model_type", "llama"], "--model_type llama: not supported"),
     "config unreachable": ([*TEXT, "--config_name", "nobody/none"], "--config_name nobody/none: no configuration"),
@@ -421,6 +522,20 @@ MISTAKES = {
     "no rows": ([*ROBERTA, *TEXT, "--max_train_samples", "0"], "--max_train_samples 0: must be at least 1"),
     "min_frequency": ([*ROBERTA, *TEXT, "--min_frequency", "0"], "--min_frequency 0: must be at least 1"),
     "seed": ([*ROBERTA, *TEXT, "--seed", "-1"], "--seed -1: must be at least 0"),
+    "no room for characters, t5": ([*TEXT, *T5, "--vocab_size", "110"], "--vocab_size 110: too small; special tokens and the"
+        " characters of this text take 111"),
+    "no room for sentinels": ([*TEXT, *T5, "--vocab_size", "100"], "--vocab_size 100: too small"),
+    "min_frequency of t5": ([*TEXT, *T5, "--min_frequency", "3"], "--min_frequency 3: has no effect here"),
+    "derived": ([*TEXT, *T5, "--config_overrides", "is_gated_act=no"], "is_gated_act: follows from feed_forward_proj"),
+    "activation": ([*TEXT, *T5, "--config_overrides", "feed_forward_proj=a-b"], "--config_overrides feed_forward_proj=a-b"),
+    "heads of t5": ([*TEXT, *T5, "--config_overrides", "num_heads=0"], "--config_overrides num_heads=0: must be a whole"),
+    "width of heads": ([*TEXT, *T5, "--config_overrides", "d_kv=0"], "--config_overrides d_kv=0: must be a whole"),
+    "buckets": (
+        [*TEXT, *T5, "--config_overrides", "relative_attention_num_buckets=2"], "relative_attention_num_buckets=2: must"
+    ),
+    "distance": (
+        [*TEXT, *T5, "--config_overrides", "relative_attention_max_distance=16"], "max_distance=16: must be at least 17"
+    ),
     "lowercase": ([*ROBERTA, *TEXT, "--lowercase"], "--lowercase"),
     "directory full": ([*ROBERTA, *TEXT, "--output_dir", "bert"], "--output_dir bert: is not empty"),
     "directory is a file": ([*ROBERTA, *TEXT, "--output_dir", "text.txt"], "--output_dir text.txt: is a file"),

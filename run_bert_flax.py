@@ -1,0 +1,388 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Time the inference of BERT, or another encoder, with JAX and Flax in float32 and bfloat16.
+
+These commands work as pasted. On a few CPU cores the first takes minutes; the second is small enough for a laptop:
+
+    python run_bert_flax.py
+    python run_bert_flax.py --precision both --batch_size 8 --num_batches 10
+
+The result is on standard output: seconds and examples per second, or with `--precision both` a table of the two. Device,
+compile time and latencies are logged to standard error. Timed is what a server would run: weights and inputs are arguments
+of one compiled program, the weights lie on the device in the precision asked for, and every batch is waited for.
+"""
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import json
+import logging
+import os
+import sys
+import time
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+from transformers import (
+    FLAX_MODEL_FOR_MASKED_LM_MAPPING,
+    FLAX_MODEL_MAPPING,
+    AutoConfig,
+    BertConfig,
+    FlaxAutoModel,
+    FlaxPreTrainedModel,
+    HfArgumentParser,
+    PretrainedConfig,
+)
+
+logger = logging.getLogger(__name__)
+
+# Shape letters at the end of names: B  rows in a batch, T  tokens in a row. Model inputs keep their transformers names.
+
+PRECISIONS = ("float32", "bfloat16")  # in the order of the table; ratios refer to the first
+NUM_INPUTS = 8  # different batches, timed in turn: enough that no result can be reused, few enough to lie on the device
+# Where these cannot be loaded, random weights take their place: BertConfig() describes exactly this model.
+BASE_MODELS = ("bert-base-uncased", "google-bert/bert-base-uncased")
+WEIGHT_SUFFIXES = (".msgpack", ".safetensors", ".bin", ".index.json")
+
+
+# ---- Arguments -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TimingArguments:
+    """Which model, in which precision, and how much of it to time."""
+
+    precision: Literal["float32", "bfloat16", "both"] = field(
+        default="float32", metadata={"help": "Precision of weights and activations; both: a table, batches taking turns."}
+    )
+    model_name_or_path: str = field(
+        default="bert-base-uncased",
+        metadata={
+            "help": "Encoder to time (Hub id or directory; without weights in it random ones, which are as fast)."
+            " bert-base-uncased gets random weights too where the Hub cannot be reached."
+        },
+    )
+    hidden_act: Literal["gelu", "gelu_new", "quick_gelu", "relu", "silu", "tanh"] | None = field(
+        default=None,
+        metadata={"help": "Activation in place of the checkpoint's; the original script timed gelu_new (tanh GELU)."},
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    batch_size: int = field(default=32, metadata={"help": "Rows in a batch."})
+    seq_length: int = field(default=128, metadata={"help": "Tokens in a row; at most what the model has positions for."})
+    num_batches: int = field(default=100, metadata={"help": "Timed batches, per precision."})
+    num_warmup_batches: int = field(default=5, metadata={"help": "Batches run before, untimed, per precision."})
+    seed: int = field(default=42, metadata={"help": "Draws the token ids, and the weights if they are random."})
+
+
+def fail(message: str) -> NoReturn:
+    """End the program because of a person's mistake: one line, exit status 2."""
+    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, without the advice that libraries print below it."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+class ScriptArgumentParser(HfArgumentParser):
+    """HfArgumentParser whose errors are one line, and whose first argument may be a JSON file of arguments.
+
+    Flags after the JSON file override it. Its values are checked as if they stood on the command line.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+    def parse(self, argv: Sequence[str]) -> tuple:
+        argv = list(argv)
+        if argv and argv[0].endswith(".json"):
+            argv[:1] = self.read_json(argv[0])
+        *arguments, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if unknown:
+            fail(f"{unknown[0]}: no such flag; --help lists them all")
+        return tuple(arguments)
+
+    def read_json(self, path: str) -> list[str]:
+        try:
+            values = json.loads(Path(path).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            fail(f"{path}: cannot be read as JSON: {first_line(error)}")
+        if not isinstance(values, dict):
+            fail(f"{path}: must hold one JSON object, of flag names and values")
+        known = {f.name for arguments in self.dataclass_types for f in dataclasses.fields(arguments)}
+        for name in values.keys() - known:
+            fail(f"{path}: '{name}' is no flag of this script; --help lists them all")
+        return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+
+def read_timing_arguments(argv: Sequence[str] | None) -> TimingArguments:
+    """Read the command line (or its JSON file) and check all that can be checked without loading anything."""
+    parser = ScriptArgumentParser(TimingArguments, description=__doc__.splitlines()[0])
+    (args,) = parser.parse(sys.argv[1:] if argv is None else argv)
+    least = {"batch_size": 1, "seq_length": 1, "num_batches": 1, "num_warmup_batches": 0, "seed": 0}
+    for name, limit in least.items():
+        if getattr(args, name) < limit:
+            fail(f"--{name} {getattr(args, name)}: must be at least {limit}")
+    if os.path.isfile(args.model_name_or_path):
+        fail(f"--model_name_or_path {args.model_name_or_path}: is a file; name a directory or a Hub id")
+    # transformers would guess a configuration from the path, if there is a model type somewhere in it.
+    if os.path.isdir(args.model_name_or_path) and not os.path.isfile(os.path.join(args.model_name_or_path, "config.json")):
+        fail(f"--model_name_or_path {args.model_name_or_path}: cannot be loaded: there is no config.json in it")
+    return args
+
+
+# ---- Model and inputs ----------------------------------------------------------------------------------------------------
+
+
+def set_up_logging() -> None:
+    """This script's messages on standard error; libraries speak up through handlers of their own, from warnings on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    # Said at every start; requirements.txt pins the release for that reason and the README explains it.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax; what fails there is reported here
+    flax_logger = logging.getLogger("transformers.modeling_flax_utils")
+    flax_logger.addFilter(lambda record: "classes are deprecated" not in record.getMessage())
+
+
+def seed_sequence(seed: int, *stream: str | int) -> np.random.SeedSequence:
+    spawn_key = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in stream]
+    return np.random.SeedSequence(seed, spawn_key=spawn_key)
+
+
+def host_rng(seed: int, *stream: str | int) -> np.random.Generator:
+    """The NumPy generator of a named stream, such as ("order", epoch)."""
+    return np.random.Generator(np.random.PCG64(seed_sequence(seed, *stream)))
+
+
+def device_rng(seed: int, stream: str, impl: str = "threefry2x32") -> jax.Array:
+    """The JAX key of a named stream. threefry2x32 gives the same numbers everywhere, rbg is cheaper (see jax.random.key)."""
+    return jax.random.key(seed_sequence(seed, stream).generate_state(1)[0], impl=impl)
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Longest row the position table takes; None if there is no table."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and "roberta" in config.model_type:
+        return limit - config.pad_token_id - 1  # RoBERTa counts positions from pad_token_id + 1
+    return limit
+
+
+def encoder_types() -> list[str]:
+    """Model types with a Flax class that reads text in both directions and has no decoder."""
+    configs = [config() for config in FLAX_MODEL_MAPPING if config in FLAX_MODEL_FOR_MASKED_LM_MAPPING]
+    return [config.model_type for config in configs if not config.is_encoder_decoder]
+
+
+def load_encoder(args: TimingArguments) -> tuple[type[FlaxPreTrainedModel], PretrainedConfig, Any]:
+    """The Flax class of the model, its configuration, and its weights as they are stored or drawn."""
+    source, options = args.model_name_or_path, {"cache_dir": args.cache_dir}
+    has_weights = not os.path.isdir(source) or any(name.endswith(WEIGHT_SUFFIXES) for name in os.listdir(source))
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        fail_unless_base_model(source, error)
+        config, has_weights = BertConfig(), False
+    fit_config(config, args)
+    if has_weights:
+        try:
+            model = FlaxAutoModel.from_pretrained(source, config=config, **options)
+            return type(model), config, model.params
+        except (OSError, ValueError, KeyError, ImportError) as error:  # ImportError: a .bin file, and no PyTorch
+            fail_unless_base_model(source, error)
+    logger.warning("No weights loaded: random ones are timed in their place, which are as fast.")
+    model = FlaxAutoModel.from_config(config, _do_init=False)
+    initialize = jax.jit(functools.partial(model.init_weights, input_shape=model.input_shape))
+    return type(model), config, initialize(device_rng(args.seed, "weights"))
+
+
+def fail_unless_base_model(source: str, error: Exception) -> None:
+    """Another model must not be timed under the name of one that cannot be loaded; only BERT-base has a stand-in."""
+    if source not in BASE_MODELS or os.path.isdir(source):
+        fail(f"--model_name_or_path {source}: cannot be loaded: {first_line(error)}")
+    logger.warning("%s cannot be loaded: %s", source, first_line(error))
+
+
+def fit_config(config: PretrainedConfig, args: TimingArguments) -> None:
+    """Apply the flags to the configuration and refuse what the model cannot do, before its weights are loaded."""
+    if config.model_type not in (supported := encoder_types()):
+        fail(f"--model_name_or_path: {config.model_type} is no Flax encoder of text; supported are {', '.join(supported)}")
+    limit = max_positions(config)
+    if limit is not None and args.seq_length > limit:
+        fail(f"--seq_length {args.seq_length}: the model has positions for {limit} tokens")
+    if args.hidden_act and not hasattr(config, "hidden_act"):
+        fail(f"--hidden_act {args.hidden_act}: the configuration of {config.model_type} has no hidden_act to replace")
+    if args.hidden_act:
+        config.hidden_act = args.hidden_act
+
+
+def cast_weights(params: Any, precision: str) -> Any:
+    """The weights on the device in this precision, ready to use. Cast here, once, they are not cast in every batch."""
+
+    def cast(params: Any) -> Any:
+        return jax.tree.map(lambda a: a.astype(precision) if jnp.issubdtype(a.dtype, jnp.floating) else a, params)
+
+    return jax.block_until_ready(jax.jit(cast)(params))
+
+
+def make_inputs(
+    model_class: type[FlaxPreTrainedModel], config: PretrainedConfig, args: TimingArguments
+) -> list[dict[str, jax.Array]]:
+    """A few full batches of ordinary token ids [B, T] in one segment, on the device."""
+    special = {value for name, value in config.to_dict().items() if name.endswith("_token_id")}
+    # Low ids are special or unused in most vocabularies: in BERT's the first thousand but for single characters.
+    ordinary = [i for i in range(min(1000, config.vocab_size // 2), config.vocab_size) if i not in special]
+    np_rng, shape_BT = host_rng(args.seed, "inputs"), (args.batch_size, args.seq_length)
+    has_segments = "token_type_ids" in inspect.signature(model_class.__call__).parameters
+    inputs = []
+    for _ in range(min(NUM_INPUTS, args.num_batches)):
+        batch = {"input_ids": np_rng.choice(np.array(ordinary, np.int32), shape_BT)}
+        batch["attention_mask"] = np.ones(shape_BT, np.int32)
+        if has_segments:
+            batch["token_type_ids"] = np.zeros(shape_BT, np.int32)
+        inputs.append(jax.device_put(batch))
+    return jax.block_until_ready(inputs)
+
+
+# ---- Timing --------------------------------------------------------------------------------------------------------------
+
+
+def encode(params: Any, batch: Mapping[str, jax.Array], model: FlaxPreTrainedModel) -> tuple[jax.Array | None, ...]:
+    """Hidden states [B, T, H] of the last layer, and the pooled ones [B, H] if the model has them.
+
+    Both are returned: from the pooled ones alone the compiler could drop all but the first token of the last layer.
+    """
+    outputs = model(**batch, params=params, train=False, return_dict=True)
+    return outputs.last_hidden_state, outputs.get("pooler_output")
+
+
+class TimedEncoder:
+    """The model in one precision as a compiled program, and the seconds that its batches took."""
+
+    def __init__(
+        self,
+        precision: str,
+        model_class: type[FlaxPreTrainedModel],
+        config: PretrainedConfig,
+        params: Any,
+        batch: Mapping[str, jax.Array],
+    ):
+        self.precision, self.params, self.seconds = precision, cast_weights(params, precision), []
+        model = model_class(config, dtype=jnp.dtype(precision), _do_init=False)  # holds no weights
+        start = time.perf_counter()
+        logger.info("Compiling for %s ...", precision)
+        # Weights and inputs are arguments: of what a program closes over, XLA may compute results while compiling.
+        try:
+            lowered = jax.jit(functools.partial(encode, model=model)).lower(self.params, batch)
+        except ValueError as error:  # BigBird takes whole blocks of tokens only
+            fail(f"--seq_length {batch['input_ids'].shape[1]}: {config.model_type} does not take it: {first_line(error)}")
+        self.compiled = lowered.compile()
+        self.compile_seconds = time.perf_counter() - start
+        logger.info("Compiled for %s in %.1f s", precision, self.compile_seconds)
+
+    def __call__(self, batch: Mapping[str, jax.Array]) -> float:
+        """Run one batch; the seconds until its results were there, not until the call came back."""
+        start = time.perf_counter()
+        jax.block_until_ready(self.compiled(self.params, batch))
+        return time.perf_counter() - start
+
+    def summary(self, batch_size: int) -> dict[str, float]:
+        elapsed = sum(self.seconds)
+        return {
+            "compile_seconds": self.compile_seconds,
+            "elapsed_seconds": elapsed,
+            "median_ms": 1000 * float(np.median(self.seconds)),
+            "p90_ms": 1000 * float(np.quantile(self.seconds, 0.9)),
+            "examples_per_second": len(self.seconds) * batch_size / elapsed,
+        }
+
+
+def progress_bar(**kwargs) -> tqdm:
+    """A bar on standard error: lively on a terminal; in a log file a line a minute, and none for what is done sooner."""
+    if not sys.stderr.isatty():
+        bar_format = "{desc}: {n_fmt} of {total_fmt} ({elapsed} so far, {remaining} to go)\n"
+        kwargs |= {"mininterval": 60, "maxinterval": 60, "delay": 60, "bar_format": bar_format}
+    return tqdm(leave=False, dynamic_ncols=True, **kwargs)
+
+
+def time_in_turns(encoders: Sequence[TimedEncoder], inputs: Iterable[dict[str, jax.Array]], args: TimingArguments) -> None:
+    """Warm up, then time: the precisions alternate batch by batch, so that what slows the machine slows them alike."""
+    batches = itertools.cycle(inputs)
+    for batch in itertools.islice(batches, args.num_warmup_batches):
+        for encoder in encoders:
+            encoder(batch)
+    with progress_bar(total=args.num_batches, desc="Timed batches") as bar:
+        for batch in itertools.islice(batches, args.num_batches):
+            for encoder in encoders:
+                encoder.seconds.append(encoder(batch))
+            bar.update()
+
+
+# ---- Results -------------------------------------------------------------------------------------------------------------
+
+
+def log_task(config: PretrainedConfig, params: Any, args: TimingArguments) -> None:
+    """Say what is about to be timed, and where."""
+    device, num_params = jax.devices()[0], sum(array.size for array in jax.tree.leaves(params))
+    activation = getattr(config, "hidden_act", getattr(config, "activation", "unknown"))
+    logger.info("Model: %s, %s parameters, activation %s", config.model_type, f"{num_params:,}", activation)
+    logger.info("Batch: %d rows of %d tokens; %d batches, %d before them to warm up",
+                args.batch_size, args.seq_length, args.num_batches, args.num_warmup_batches)  # fmt: skip
+    where = f"{os.cpu_count()} cores" if device.platform == "cpu" else f"one of {jax.device_count()}"
+    logger.info("Device: %s (%s), jax %s", device.device_kind, where, jax.__version__)
+
+
+def turn_ratio(reference: TimedEncoder, encoder: TimedEncoder) -> float:
+    """How many times as fast as the reference: the median over the turns, which a disturbed turn does not move."""
+    return float(np.median(np.divide(reference.seconds, encoder.seconds)))
+
+
+def results_table(encoders: Sequence[TimedEncoder], args: TimingArguments) -> str:
+    """Precisions below each other, the last column being the speed relative to the first."""
+    rows = [("precision", "compile s", "median ms", "p90 ms", "examples/s", "ratio")]
+    for encoder in encoders:
+        s, ratio = encoder.summary(args.batch_size), turn_ratio(encoders[0], encoder)
+        numbers = (s["compile_seconds"], s["median_ms"], s["p90_ms"], s["examples_per_second"])
+        rows.append((encoder.precision, *(f"{number:.1f}" for number in numbers), f"{ratio:.2f}"))
+    return "\n".join("  ".join([f"{row[0]:<9}", *(f"{cell:>10}" for cell in row[1:])]) for row in rows)
+
+
+# ---- Main ----------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+    """Time the model as the arguments say (default: the command line); returns the figures by precision."""
+    args = read_timing_arguments(argv)
+    set_up_logging()
+    model_class, config, params = load_encoder(args)
+    log_task(config, params, args)
+    inputs = make_inputs(model_class, config, args)
+    precisions = PRECISIONS if args.precision == "both" else (args.precision,)
+    encoders = [TimedEncoder(precision, model_class, config, params, inputs[0]) for precision in precisions]
+    del params  # the encoders hold their own
+    time_in_turns(encoders, inputs, args)
+
+    results = {encoder.precision: encoder.summary(args.batch_size) for encoder in encoders}
+    for precision, figures in results.items():
+        median_and_p90 = (figures["median_ms"], figures["p90_ms"])
+        logger.info("%s: median %.1f ms, 90th percentile %.1f ms per batch", precision, *median_and_p90)
+    if len(encoders) > 1:
+        print(results_table(encoders, args))
+    else:
+        (figures,) = results.values()
+        print(f"{figures['elapsed_seconds']:.3f} seconds, {figures['examples_per_second']:.3f} examples per second")
+    return results
+
+
+if __name__ == "__main__":
+    main()
