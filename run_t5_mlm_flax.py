@@ -512,8 +512,8 @@ def find_sentinel_ids(tokenizer: PreTrainedTokenizerBase, num_sentinels: int, se
     return np.array([vocab[name] for name in names], np.int32)
 
 
-MODEL_CLASS = FlaxAutoModelForSeq2SeqLM
-FLAX_MODELS = {name: FLAX_MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[name] for name in (T5Config, MT5Config)}
+T5_CLASSES = {config: FLAX_MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[config] for config in (T5Config, MT5Config)}
+MODEL_CLASS, FLAX_MODELS = FlaxAutoModelForSeq2SeqLM, T5_CLASSES
 
 
 def relative_position_bucket(
