@@ -8,7 +8,7 @@ BUILD := quickstart/build
 # Large arrays in huge pages: on Linux CPUs a training step spends up to a third of its time on page faults without.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-torch test-faults bench-vocab-head check-copies fix-copies style check-style clean
+.PHONY: quickstart quickstart-clm quickstart-t5 quickstart-bart test test-torch test-faults bench-vocab-head bench-host-pipeline check-copies fix-copies style check-style clean
 
 $(VENV)/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -35,6 +35,16 @@ quickstart: $(VENV)/runtime
 	$(RUN) run_mlm_flax.py quickstart/mlm.json --overwrite_output_dir
 	$(RUN) quickstart/fill_mask.py --model_dir $(BUILD)/mlm --corpus_dir $(BUILD)/corpus
 
+## quickstart-clm, quickstart-t5, quickstart-bart: the same for the other objectives, ending with text that the model writes
+SCRIPT_clm := run_clm_flax.py
+SCRIPT_t5 := run_t5_mlm_flax.py
+SCRIPT_bart := run_bart_dlm_flax.py
+quickstart-clm quickstart-t5 quickstart-bart: quickstart-%: $(VENV)/runtime
+	$(RUN) quickstart/python_docs_corpus.py --output_dir $(BUILD)/corpus
+	$(RUN) prepare_model_dir.py quickstart/$*_model.json --overwrite_output_dir
+	$(RUN) $(SCRIPT_$*) quickstart/$*.json --overwrite_output_dir
+	$(RUN) quickstart/write_text.py --model_dir $(BUILD)/$* --corpus_dir $(BUILD)/corpus
+
 ## test: all tests that need neither an accelerator, nor the internet, nor PyTorch
 test: $(VENV)/development
 	$(RUN) -m pytest
@@ -50,6 +60,10 @@ test-faults: $(VENV)/development
 ## bench-vocab-head: a training step with scores at labelled positions only, against scores everywhere
 bench-vocab-head: $(VENV)/runtime
 	$(RUN) benchmarks/vocab_head.py
+
+## bench-host-pipeline: noise and labels for a batch, million tokens per second on one core
+bench-host-pipeline: $(VENV)/runtime
+	$(RUN) benchmarks/host_pipeline.py
 
 ## check-copies, fix-copies: functions that scripts share have one source; copy it from run_mlm_flax.py
 check-copies fix-copies: $(VENV)/development
