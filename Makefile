@@ -57,9 +57,10 @@ test-torch: $(VENV)/torch
 test-faults: $(VENV)/development
 	$(RUN) -m pytest -m faults
 
-## bench-vocab-head: a training step with scores at labelled positions only, against scores everywhere
+## bench-vocab-head: training steps against ones with scores for all tokens and the whole vocabulary
 bench-vocab-head: $(VENV)/runtime
-	$(RUN) benchmarks/vocab_head.py
+	$(RUN) benchmarks/vocab_head.py --objective mlm
+	$(RUN) benchmarks/vocab_head.py --objective clm
 
 ## bench-host-pipeline: noise and labels for a batch, million tokens per second on one core
 bench-host-pipeline: $(VENV)/runtime

@@ -357,7 +357,7 @@ class FusedHead:
     where the model has no head of a known name; the scores that the model returns are a placeholder.
     """
 
-    CHUNK_SCORES = 2**24  # scores at a time, 64 MiB in float32, or more if there were more than ...
+    CHUNK_SCORES = 2**22  # scores at a time, 16 MiB in float32, or more if there were more than ...
     MAX_CHUNKS = 16  # ... so many chunks: small ones keep no accelerator busy
 
     def __init__(self, labels: jax.Array, weights: jax.Array, vocab_size: int, bias_V: jax.Array | None = None):

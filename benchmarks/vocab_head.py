@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""How much does a training step gain by scoring the vocabulary at labelled positions only?
+"""How much do the training steps gain by what they do at the vocabulary head?
 
-    python benchmarks/vocab_head.py
+    python benchmarks/vocab_head.py --objective mlm
+    python benchmarks/vocab_head.py --objective clm
 
-Times the training step of run_mlm_flax.py against the same step whose loss projects every position and builds one-hot
-targets, as the original scripts did: same model, batch, optimizer and masks. The two take turns, so that a machine that
-slows down slows both; the ratio is taken turn by turn. Prints one table.
+Times the training step of run_mlm_flax.py (scores at labelled positions only) or run_clm_flax.py (loss a chunk of tokens at
+a time) against the same step with scores [tokens, vocabulary], its loss taken from integer labels, or from one-hot targets
+as the original scripts did: same model, batch, optimizer and masks. The steps take turns, so that a machine that slows down
+slows all; ratios are taken turn by turn. Prints one table.
 """
 
 import argparse
@@ -22,9 +24,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 from tqdm import tqdm
-from transformers import FlaxAutoModelForMaskedLM, RobertaConfig
+from transformers import GPT2Config, PretrainedConfig, RobertaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import run_clm_flax
 import run_mlm_flax as script
 
 
@@ -40,44 +43,41 @@ class FakeTokenizer:
         return {str(i): i for i in range(self.vocab_size)}
 
 
-def every_position_loss(params, batch, dropout_rng, model, train):
-    """The originals' way: scores [B, T, V], one-hot targets [B, T, V], and most of both thrown away."""
+def every_position_loss(params, batch, dropout_rng, model, train, one_hot: bool):
+    """Scores [B, T, V], and with `one_hot` targets [B, T, V], most of which is thrown away."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits_BTV = model(**inputs, params=params, dropout_rng=dropout_rng, train=train)[0]
-    losses_BT = optax.softmax_cross_entropy(logits_BTV, jax.nn.one_hot(batch["labels_BT"], logits_BTV.shape[-1]))
-    weights_BT = batch["weights_BT"]
-    return (losses_BT * weights_BT).sum(), {"weight": weights_BT.sum()}
+    logits_BTV = model(**inputs, params=params, dropout_rng=dropout_rng, train=train)[0].astype(jnp.float32)
+    if one_hot:
+        losses_BT = optax.softmax_cross_entropy(logits_BTV, jax.nn.one_hot(batch["labels_BT"], logits_BTV.shape[-1]))
+    else:
+        losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["labels_BT"])
+    return (losses_BT * batch["weights_BT"]).sum(), {"weight": batch["weights_BT"].sum()}
 
 
 def make_batches(args) -> tuple[dict, dict]:
-    """The same masked rows in both layouts."""
+    """The same rows as the script has them, and with a label and a weight for every position."""
     rng = np.random.default_rng(0)
     ids = rng.integers(5, args.vocab_size, (args.batch_size, args.seq_length)).astype(np.int32)
-    collator = script.Collator(FakeTokenizer(args.vocab_size), None, script.DataTrainingArguments(), args.seq_length)
-    labelled = collator({"input_ids": ids}, rng.random(ids.shape), np.ones(len(ids), bool), 1)
-    labels, weights = np.zeros(ids.size, np.int32), np.zeros(ids.size, np.float32)
-    counted = labelled["label_weights"] > 0
-    positions = labelled["label_positions"][counted]
-    labels[positions], weights[positions] = labelled["labels"][counted], 1
-    everywhere = {name: labelled[name] for name in ("input_ids", "attention_mask")}
-    labelled["stop"] = everywhere["stop"] = np.zeros(1, np.int32)
+    module = {"mlm": script, "clm": run_clm_flax}[args.objective]
+    collator = module.Collator(FakeTokenizer(args.vocab_size), None, module.DataTrainingArguments(), args.seq_length)
+    batch = collator({"input_ids": ids}, rng.random(ids.shape), np.ones(len(ids), bool), 1)
+    labels, weights = batch["labels"], batch["label_weights"]
+    if args.objective == "mlm":
+        labels, weights = np.zeros(ids.size, np.int32), np.zeros(ids.size, np.float32)
+        counted = batch["label_weights"] > 0
+        positions = batch["label_positions"][counted]
+        labels[positions], weights[positions] = batch["labels"][counted], 1
+    everywhere = {name: batch[name] for name in ("input_ids", "attention_mask")}
     everywhere |= {"labels_BT": labels.reshape(ids.shape), "weights_BT": weights.reshape(ids.shape)}
-    return tuple({name: jnp.asarray(array)[None] for name, array in batch.items()} for batch in (labelled, everywhere))
+    batch["stop"] = everywhere["stop"] = np.zeros(1, np.int32)
+    return tuple({name: jnp.asarray(array)[None] for name, array in b.items()} for b in (batch, everywhere))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--num_hidden_layers", type=int, default=4)
-    parser.add_argument("--vocab_size", type=int, default=50265)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--seq_length", type=int, default=128)
-    parser.add_argument("--num_steps", type=int, default=10, help="timed steps of each kind")
-    args = parser.parse_args()
-
-    config = RobertaConfig(
+def make_config(args) -> PretrainedConfig:
+    if args.objective == "clm":
+        sizes = {"n_embd": args.hidden_size, "n_layer": args.num_hidden_layers, "n_head": args.hidden_size // 64}
+        return GPT2Config(vocab_size=args.vocab_size, n_positions=args.seq_length, **sizes)
+    return RobertaConfig(
         hidden_size=args.hidden_size,
         num_hidden_layers=args.num_hidden_layers,
         num_attention_heads=args.hidden_size // 64,
@@ -85,14 +85,39 @@ def main() -> None:
         vocab_size=args.vocab_size,
         max_position_embeddings=args.seq_length + 2,
     )
-    model = FlaxAutoModelForMaskedLM.from_config(config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--objective", choices=("mlm", "clm"), default="mlm")
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--num_hidden_layers", type=int, default=4)
+    parser.add_argument("--vocab_size", type=int, help="default: 50265 for mlm, 50257 for clm")
+    parser.add_argument("--batch_size", type=int, help="default: 16 for mlm, 8 for clm")
+    parser.add_argument("--seq_length", type=int, help="default: 128 for mlm, 512 for clm")
+    parser.add_argument("--num_steps", type=int, default=10, help="timed steps of each kind")
+    args = parser.parse_args()
+    defaults = {"mlm": (50265, 16, 128), "clm": (50257, 8, 512)}[args.objective]
+    for name, value in zip(("vocab_size", "batch_size", "seq_length"), defaults, strict=True):
+        setattr(args, name, getattr(args, name) or value)
+
+    module = {"mlm": script, "clm": run_clm_flax}[args.objective]
+    config = make_config(args)
+    model = module.MODEL_CLASS.from_config(config)
     optimizer = optax.adamw(1e-4, mask=script.decay_mask)
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     everywhere, per_micro_batch = PartitionSpec(), PartitionSpec(None, "data")
     dropout_rng = script.device_rng(0, "dropout", impl="rbg")
+    own_batch, other_batch = make_batches(args)
+    losses = {
+        "this script": (module.loss_fn, own_batch),
+        "integer labels": (functools.partial(every_position_loss, one_hot=False), other_batch),
+        "one-hot labels": (functools.partial(every_position_loss, one_hot=True), other_batch),
+    }
     runs = {}
-    losses = {"labelled positions": script.loss_fn, "every position": every_position_loss}
-    for (name, loss_fn), batch in zip(losses.items(), make_batches(args), strict=True):
+    for name, (loss_fn, batch) in losses.items():
         step_fn = functools.partial(
             script.train_step,
             loss_fn=functools.partial(loss_fn, model=model),
@@ -112,15 +137,23 @@ def main() -> None:
             jax.block_until_ready(metrics)
             run[3].append(time.perf_counter() - start)
 
-    fast, plain = (run[3] for run in runs.values())
     shape = f"{args.batch_size} x {args.seq_length} tokens, {config.vocab_size:,} words"
-    print(f"{shape}, {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    print(f"{'scores at':20s} {'loss':>8s} {'median s':>9s} {'min':>7s} {'max':>7s} {'temporary memory':>17s}")
+    print(f"{args.objective}, {shape}, {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print(f"{'':15s}{'loss':>8s}{'median s':>10s}{'min':>8s}{'max':>8s}{'ratio (min to max)':>26s}{'memory':>11s}{'ratio':>7s}")
+    own_times, own_memory = runs["this script"][3], memory_of(runs["this script"][0])
     for name, (step, _, _, times, loss) in runs.items():
-        memory = step.compiled.memory_analysis().temp_size_in_bytes / 2**20
-        print(f"{name:20s} {loss:8.4f} {statistics.median(times):9.3f} {min(times):7.3f} {max(times):7.3f} {memory:13.0f} MiB")
-    ratios = [b / a for a, b in zip(fast, plain, strict=True)]
-    print(f"ratio turn by turn: median {statistics.median(ratios):.2f}, min {min(ratios):.2f}, max {max(ratios):.2f}")
+        ratios, memory = [b / a for a, b in zip(own_times, times, strict=True)], memory_of(step)
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(
+            f"{name:15s}{loss:8.4f}{statistics.median(times):10.3f}{min(times):8.3f}{max(times):8.3f}{ratio:>26s}"
+            f"{memory:7.0f} MiB{memory / own_memory:7.2f}"
+        )
+
+
+def memory_of(step: script.CompiledStep) -> float:
+    """MiB that the compiled step needs at once: state and batch, and what it computes in between."""
+    memory = step.compiled.memory_analysis()
+    return (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
 
 
 if __name__ == "__main__":
