@@ -105,6 +105,9 @@ class PrepareArguments:
         default=False,
         metadata={"help": "bert: ignore case and accents, as uncased BERT does; t5, mt5: ignore case. Unset: keep both."},
     )
+    mode_tokens: bool = field(
+        default=False, metadata={"help": "t5, mt5: add [NLU], [NLG] and [S2S], which run_t5_mlm_flax.py --objective ul2 needs."}
+    )
     seed: int = field(default=42, metadata={"help": "Draws the max_train_samples rows."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and converted data are kept."})
     token: str | None = field(
@@ -294,17 +297,19 @@ def build_unigram(sample: TextSample, family: Family, vocab_size: int, args: Pre
     from t5_tokenizer_model import SentencePieceUnigramTokenizer, VocabularyTooSmallError  # check_tokenizer_flags saw it
 
     tokenizer = SentencePieceUnigramTokenizer(lowercase=args.lowercase)
+    # T5TokenizerFast would add the sentinels too, but forwards.
+    added = MODE_TOKENS * args.mode_tokens + tuple(f"<extra_id_{i}>" for i in reversed(range(NUM_SENTINELS)))
     try:
-        tokenizer.train_from_iterator(sample, vocab_size - NUM_SENTINELS, sys.stderr.isatty(), length=len(sample))
+        tokenizer.train_from_iterator(sample, vocab_size - len(added), sys.stderr.isatty(), length=len(sample))
     except VocabularyTooSmallError as error:
-        needed = error.needed + NUM_SENTINELS
+        needed = error.needed + len(added)
         fail(f"--vocab_size {vocab_size}: too small; special tokens and the characters of this text take {needed}")
-    # The class would add them too, but forwards.
-    tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(NUM_SENTINELS))])
+    tokenizer.add_special_tokens(list(added))
     return family.tokenizer_class(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), extra_ids=NUM_SENTINELS)
 
 
 NUM_SENTINELS = 100  # what T5TokenizerFast expects
+MODE_TOKENS = ("[NLU]", "[NLG]", "[S2S]")
 ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BART_IDS = {
@@ -404,6 +409,8 @@ def check_tokenizer_flags(model_type: str, args: PrepareArguments) -> None:
     build = FAMILIES[model_type].build_tokenizer
     if args.lowercase and build is build_byte_level_bpe:
         fail(f"--lowercase: {model_type} tokenizers give text back unchanged; only bert, t5 and mt5 have a form without case")
+    if args.mode_tokens and build is not build_unigram:
+        fail(f"--mode_tokens: only t5 and mt5 are trained with them, not {model_type}")
     if build is build_unigram:
         if args.min_frequency != DEFAULT_MIN_FREQUENCY:
             fail(f"--min_frequency {args.min_frequency}: has no effect here; {model_type} tokenizers are not made by merging")

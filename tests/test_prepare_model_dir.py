@@ -280,6 +280,15 @@ def test_t5_keeps_case_unless_told_otherwise(few_texts, tmp_path):
     assert uncased.tokenize("THE") == uncased.tokenize("the")
 
 
+def test_t5_with_mode_tokens(few_texts, tmp_path):
+    """The tokens that UL2 needs are single pieces, and <extra_id_0> still is the last entry."""
+    tokenizer = AutoTokenizer.from_pretrained(prepare(tmp_path / "out", few_texts, "--mode_tokens", model_type="t5"))
+    assert tokenizer.tokenize("[NLG] some")[0] == "[NLG]"
+    vocab = tokenizer.get_vocab()
+    assert max(vocab, key=vocab.get) == "<extra_id_0>"
+    assert {"[NLU]", "[NLG]", "[S2S]"} <= vocab.keys()
+
+
 def test_t5_is_the_base_size_of_its_second_version(few_texts, tmp_path):
     """Entries and embeddings, by default, are those of google/t5-v1_1-base and google/mt5-small too."""
     config = AutoConfig.from_pretrained(prepare(tmp_path / "out", few_texts, model_type="t5"))
@@ -525,6 +534,7 @@ MISTAKES = {
     "no room for characters, t5": ([*TEXT, *T5, "--vocab_size", "110"], "--vocab_size 110: too small; special tokens and the"
         " characters of this text take 111"),
     "no room for sentinels": ([*TEXT, *T5, "--vocab_size", "100"], "--vocab_size 100: too small"),
+    "mode tokens of bert": ([*TEXT, "--model_type", "bert", "--mode_tokens"], "--mode_tokens: only t5 and mt5"),
     "min_frequency of t5": ([*TEXT, *T5, "--min_frequency", "3"], "--min_frequency 3: has no effect here"),
     "derived": ([*TEXT, *T5, "--config_overrides", "is_gated_act=no"], "is_gated_act: follows from feed_forward_proj"),
     "activation": ([*TEXT, *T5, "--config_overrides", "feed_forward_proj=a-b"], "--config_overrides feed_forward_proj=a-b"),
