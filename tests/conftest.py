@@ -32,9 +32,22 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertTokenizerFast, PreTrainedTokenizerFast, RobertaConfig, RobertaTokenizerFast
+from transformers import (
+    BartConfig,
+    BartTokenizerFast,
+    BertConfig,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2TokenizerFast,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaTokenizerFast,
+    T5Config,
+    T5TokenizerFast,
+)
 
 from quickstart.python_docs_corpus import paragraphs
+from t5_tokenizer_model import SentencePieceUnigramTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -123,6 +136,53 @@ def bert_dir(word_piece_tokenizer, tmp_path_factory) -> Path:
     word_piece_tokenizer.save_pretrained(path)
     BertConfig(vocab_size=640, max_position_embeddings=64, **TINY).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def gpt2_dir(texts, tmp_path_factory) -> Path:
+    """The same of a tiny GPT-2: 64 tokens, and as in the original one special token and none around a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=509,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    path = tmp_path_factory.mktemp("gpt2")
+    GPT2TokenizerFast(tokenizer_object=tokenizer, model_max_length=64).save_pretrained(path)
+    sizes = {"vocab_size": 512, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "initializer_range": 0.1}
+    GPT2Config(**sizes, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def t5_dir(texts, tmp_path_factory) -> Path:
+    """The same of a tiny T5 v1.1, as prepare_model_dir.py makes them: 100 sentinels, no limit of the length."""
+    tokenizer = SentencePieceUnigramTokenizer(lowercase=False)
+    tokenizer.train_from_iterator(texts, 500, show_progress=False)
+    tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(100))])
+    path = tmp_path_factory.mktemp("t5")
+    T5TokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), extra_ids=100).save_pretrained(path)
+    sizes = {"vocab_size": 640, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    kind = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
+    T5Config(**sizes, **kind, dropout_rate=0.0).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bart_dir(byte_level_tokenizer, tmp_path_factory) -> Path:
+    """The same of a tiny BART: 64 tokens, vocabulary of 512."""
+    path = tmp_path_factory.mktemp("bart")
+    BartTokenizerFast(tokenizer_object=byte_level_tokenizer.backend_tokenizer, model_max_length=64).save_pretrained(path)
+    sides = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in BART_SIDE.items()}
+    BartConfig(vocab_size=512, max_position_embeddings=64, d_model=32, dropout=0.0, init_std=0.1, **sides).save_pretrained(path)
+    return path
+
+
+BART_SIDE = {"layers": 1, "attention_heads": 2, "ffn_dim": 64}
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -103,22 +104,22 @@ def expected(uninterrupted) -> dict:
     return outcome(uninterrupted)
 
 
-def signal_after(monkeypatch, step: int, signum: int = signal.SIGTERM) -> None:
+def signal_after(monkeypatch, step: int, signum: int = signal.SIGTERM, module: ModuleType = script) -> None:
     """Arrange for a real signal to this process when the given step has been dispatched."""
-    add = script.TrainingLog.add
+    add = module.TrainingLog.add
 
     def add_and_signal(log, current, *args):
         add(log, current, *args)
         if current == step:
             os.kill(os.getpid(), signum)
 
-    monkeypatch.setattr(script.TrainingLog, "add", add_and_signal)
+    monkeypatch.setattr(module.TrainingLog, "add", add_and_signal)
 
 
-def train_until(train, output_dir: Path, step: int, *more) -> None:
+def train_until(train, output_dir: Path, step: int, *more, module: ModuleType = script) -> None:
     """Train and be told to stop after a step."""
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(script.Stopped):
-        signal_after(monkeypatch, step)
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(module.Stopped):
+        signal_after(monkeypatch, step, module=module)
         train(output_dir, *more)
     assert step in checkpoints(output_dir)
 

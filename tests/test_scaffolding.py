@@ -3,6 +3,7 @@
 
 import ast
 import dataclasses
+import importlib
 import json
 import re
 import shlex
@@ -50,23 +51,36 @@ def test_every_flag_has_help_and_a_default():
             assert field.name == "output_dir" or field.default is not dataclasses.MISSING
 
 
-def test_original_flags_and_defaults():
+ORIGINAL_FLAGS = {
+    "overwrite_output_dir": False, "do_train": False, "do_eval": False, "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8, "learning_rate": 5e-5, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8, "adafactor": False, "num_train_epochs": 3.0, "warmup_steps": 0, "logging_steps": 500,
+    "save_steps": 500, "eval_steps": None, "seed": 42, "model_name_or_path": None, "model_type": None, "config_name": None,
+    "tokenizer_name": None, "cache_dir": None, "use_fast_tokenizer": True, "dtype": "float32", "token": None,
+    "trust_remote_code": False, "dataset_name": None, "dataset_config_name": None, "train_file": None,
+    "validation_file": None, "overwrite_cache": False, "validation_split_percentage": 5, "preprocessing_num_workers": None,
+    "push_to_hub": False, "hub_model_id": None, "hub_token": None,
+}  # fmt: skip
+REFERENCE_FILES = {"train_ref_file": None, "validation_ref_file": None}
+ORIGINAL_FLAGS_OF = {
+    "run_mlm_flax": REFERENCE_FILES
+    | {"gradient_checkpointing": False, "max_seq_length": None, "mlm_probability": 0.15, "pad_to_max_length": False}
+    | {"line_by_line": False},
+    "run_clm_flax": {"block_size": None, "max_train_samples": None, "max_eval_samples": None, "keep_linebreaks": True},
+    "run_t5_mlm_flax": REFERENCE_FILES | {"max_seq_length": None, "mlm_probability": 0.15, "mean_noise_span_length": 3.0},
+    "run_bart_dlm_flax": REFERENCE_FILES
+    | {"max_seq_length": None, "mlm_probability": 0.3, "permute_sentence_ratio": 1.0, "poisson_lambda": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", ORIGINAL_FLAGS_OF)
+def test_original_flags_and_defaults(name):
     """Every flag of the original script, with its default: old command lines go on working."""
-    original = {
-        "overwrite_output_dir": False, "do_train": False, "do_eval": False, "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8, "learning_rate": 5e-5, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999,
-        "adam_epsilon": 1e-8, "adafactor": False, "num_train_epochs": 3.0, "warmup_steps": 0, "logging_steps": 500,
-        "save_steps": 500, "eval_steps": None, "seed": 42, "gradient_checkpointing": False, "model_name_or_path": None,
-        "model_type": None, "config_name": None, "tokenizer_name": None, "cache_dir": None, "use_fast_tokenizer": True,
-        "dtype": "float32", "token": None, "trust_remote_code": False, "dataset_name": None, "dataset_config_name": None,
-        "train_file": None, "validation_file": None, "train_ref_file": None, "validation_ref_file": None,
-        "overwrite_cache": False, "validation_split_percentage": 5, "max_seq_length": None, "mlm_probability": 0.15,
-        "preprocessing_num_workers": None, "pad_to_max_length": False, "line_by_line": False, "push_to_hub": False,
-        "hub_model_id": None, "hub_token": None,
-    }  # fmt: skip
-    parts = (script.TrainingArguments, script.ModelArguments, script.DataTrainingArguments)
-    defaults = {field.name: field.default for part in parts for field in dataclasses.fields(part)}
-    assert {name: defaults[name] for name in original} == original
+    module, original = importlib.import_module(name), ORIGINAL_FLAGS | ORIGINAL_FLAGS_OF[name]
+    parts = (module.TrainingArguments, module.ModelArguments, module.DataTrainingArguments)
+    fields = {field.name: field for part in parts for field in dataclasses.fields(part)}
+    assert {flag: fields[flag].default for flag in original} == original
+    assert fields["output_dir"].default is dataclasses.MISSING
 
 
 def readme_commands() -> list[list[str]]:

@@ -1,49 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch and Flax agree on saved weights. Run by `make test-torch`, which installs PyTorch."""
 
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import jax
 import numpy as np
 import pytest
-from transformers import FlaxAutoModelForMaskedLM
+from transformers import BartConfig, MistralConfig, MT5Config, PretrainedConfig, T5Config
 
-import run_mlm_flax as script
+import run_bart_dlm_flax
+import run_clm_flax
+import run_mlm_flax
+import run_t5_mlm_flax
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.torch
 
+# Where Flax has no weights: sinusoids, which PyTorch computes, and a layer that has no part in the scores.
+NOT_IN_FLAX = {"roformer.encoder.embed_positions.weight", "bert.pooler.weight", "bert.pooler.bias"}
+
+
+def load_in_pytorch(directory: Path, auto_class_name: str):
+    """The PyTorch model of a directory without Flax weights: nothing missing, nothing unexpected."""
+    import torch
+    import transformers
+
+    assert not (directory / "flax_model.msgpack").exists()
+    model, info = getattr(transformers, auto_class_name).from_pretrained(directory, output_loading_info=True)
+    assert not set(info["missing_keys"]) - NOT_IN_FLAX
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert model.dtype == torch.float32
+    return model.eval()
+
+
+def assert_same_scores(torch_model, flax_scores, mask, **inputs) -> None:
+    """To 1e-4, wherever the mask is 1."""
+    import torch
+
+    with torch.no_grad():
+        torch_scores = torch_model(**{name: torch.tensor(array) for name, array in inputs.items()}).logits.numpy()
+    assert np.abs(np.asarray(flax_scores) - torch_scores)[mask == 1].max() < 1e-4
+    assert np.abs(flax_scores).max() > 0.5  # the weights did come along
+
 
 @pytest.mark.parametrize("model_type", ["roberta", "bert", "albert", "distilbert", "roformer", "xlm-roberta"])
-def test_logits_agree(model_type, byte_level_tokenizer, corpus, tmp_path):
-    """A short run's model.safetensors in PyTorch: nothing missing, nothing unexpected, the same scores to 1e-4."""
-    import torch
-    from transformers import AutoModelForMaskedLM
-
+def test_masked_language_models(model_type, byte_level_tokenizer, corpus, tmp_path):
+    """A short run's model.safetensors."""
     byte_level_tokenizer.save_pretrained(tmp_path / "tokenizer")
     sizes = TINY | {"vocab_size": 512, "max_position_embeddings": 66, "embedding_size": 32}
     sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
-    known = script.CONFIG_MAPPING[model_type]().to_dict()
+    known = run_mlm_flax.CONFIG_MAPPING[model_type]().to_dict()
     overrides = ",".join(f"{name}={value}" for name, value in sizes.items() if name in known)
-    script.main(
+    run_mlm_flax.main(
         ["--model_type", model_type, "--config_overrides", overrides, "--tokenizer_name", str(tmp_path / "tokenizer"),
          "--train_file", str(corpus), "--max_steps", "20", "--learning_rate", "1e-2", "--max_seq_length", "32", "--do_train",
          "--output_dir", str(tmp_path / "out")]
     )  # fmt: skip
     (tmp_path / "flax").mkdir()
-    for name in ("config.json", "flax_model.msgpack"):
-        (tmp_path / "out" / name).rename(tmp_path / "flax" / name)
-    (tmp_path / "out" / "config.json").write_bytes((tmp_path / "flax" / "config.json").read_bytes())
-    flax_model = FlaxAutoModelForMaskedLM.from_pretrained(tmp_path / "flax")
-    torch_model, info = AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    computed = {"roformer.encoder.embed_positions.weight"}  # sinusoids: no weights in Flax, filled in by PyTorch
-    assert not set(info["missing_keys"]) - computed
-    assert not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert torch_model.dtype == torch.float32
+    shutil.copy(tmp_path / "out" / "config.json", tmp_path / "flax")
+    (tmp_path / "out" / "flax_model.msgpack").rename(tmp_path / "flax" / "flax_model.msgpack")
+    flax_model = run_mlm_flax.MODEL_CLASS.from_pretrained(tmp_path / "flax")
+    torch_model = load_in_pytorch(tmp_path / "out", "AutoModelForMaskedLM")
 
     ids = np.random.default_rng(0).integers(5, 509, (3, 24))
     mask = np.ones_like(ids)
     ids[2, 17:], mask[2, 17:] = byte_level_tokenizer.pad_token_id, 0
-    flax_logits = np.asarray(flax_model(ids, mask)[0])
-    with torch.no_grad():
-        torch_logits = torch_model.eval()(torch.tensor(ids), torch.tensor(mask)).logits.numpy()
-    difference = np.abs(flax_logits - torch_logits)[mask == 1].max()
-    assert difference < 1e-4
-    assert np.abs(flax_logits).max() > 0.5  # the weights did come along
+    assert_same_scores(torch_model, flax_model(ids, mask)[0], mask, input_ids=ids, attention_mask=mask)
+
+
+# Rows of 80 tokens, as T5's positions and the local attention of GPT-Neo and Mistral differ from others in long rows only.
+LENGTH = 80
+SIZES = {
+    "vocab_size": 131, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 96, "num_key_value_heads": 2, "head_dim": 8, "n_embd": 32, "n_layer": 2, "n_head": 4,
+    "n_positions": 96, "rotary_dim": 4, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 4, "ffn_dim": 48,
+    "attention_heads": 4, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_layers": 2,
+    "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "embedding_size": 16, "word_embed_proj_dim": 32, "seq_length": 96,
+    "attention_types": [[["global", "local"], 1]], "window_size": 20, "attention_type": "original_full",
+    "decoder_start_token_id": 0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def save_random_model(module: ModuleType, config: PretrainedConfig, output_dir: Path):
+    """Write PyTorch's weights as the script does; returns the Flax model, whose weights are all random, norms too."""
+    model, rng = module.MODEL_CLASS.from_config(config, seed=1), np.random.default_rng(1)
+    model.params = jax.tree.map(lambda a: a + 0.05 * rng.standard_normal(a.shape, np.float32), model.params)
+    output_dir.mkdir(exist_ok=True)
+    config.architectures = [type(model).__name__.removeprefix("Flax")]
+    config.save_pretrained(output_dir)
+    module.save_file(module.pytorch_state_dict(model.params), output_dir / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def make_inputs() -> dict[str, np.ndarray]:
+    ids = np.random.default_rng(0).integers(5, 131, (3, LENGTH))
+    mask = np.ones_like(ids)
+    ids[2, 57:], mask[2, 57:] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+CAUSAL = {config_class.__name__: (config_class, {}) for config_class in run_clm_flax.FLAX_MODELS}
+CAUSAL |= {f"Mistral, window of {size}": (MistralConfig, {"sliding_window": size}) for size in (None, 20)}
+
+
+@pytest.mark.parametrize(("config_class", "more"), CAUSAL.values(), ids=CAUSAL)
+def test_causal_models(config_class, more, tmp_path):
+    config = config_class(**SIZES, **more)
+    run_clm_flax.DataTrainingArguments().adapt_config(config)
+    flax_model = save_random_model(run_clm_flax, config, tmp_path)
+    inputs = make_inputs()
+    if config.model_type == "electra":  # PyTorch's default, and what is trained with, but not Flax's default
+        inputs["token_type_ids"] = np.zeros_like(inputs["input_ids"])
+    scores = flax_model(**inputs)[0]
+    assert_same_scores(load_in_pytorch(tmp_path, "AutoModelForCausalLM"), scores, inputs["attention_mask"], **inputs)
+
+
+@pytest.mark.parametrize(
+    ("module", "config_class", "more"),
+    [
+        (run_t5_mlm_flax, T5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+        (run_t5_mlm_flax, T5Config, {}),
+        (run_t5_mlm_flax, MT5Config, {}),
+        (run_bart_dlm_flax, BartConfig, {}),
+        (run_bart_dlm_flax, BartConfig, {"tie_word_embeddings": False}),
+    ],
+    ids=["t5 v1.1", "t5", "mt5", "bart", "bart untied"],
+)
+def test_encoder_decoders(module, config_class, more, tmp_path):
+    flax_model = save_random_model(module, config_class(**SIZES | more), tmp_path)
+    inputs = make_inputs()
+    inputs["decoder_input_ids"] = np.random.default_rng(1).integers(5, 131, (3, LENGTH))
+    scores = flax_model(**inputs)[0]
+    torch_model = load_in_pytorch(tmp_path, "AutoModelForSeq2SeqLM")
+    assert_same_scores(torch_model, scores, np.ones((3, LENGTH)), **inputs)

@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every training script promises, whatever its objective; run_mlm_flax.py keeps some of it in tests of its own."""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    GPT2Config,
+    GPT2TokenizerFast,
+    MistralConfig,
+    MT5Config,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+
+import run_bart_dlm_flax
+import run_clm_flax
+import run_mlm_flax
+import run_t5_mlm_flax
+from tests.test_resume import outcome, train_until
+from tests.test_run_mlm import read_events
+from tests.test_streaming import assert_same_run, back_to
+
+
+class Script(NamedTuple):
+    module: ModuleType
+    model_dir: str  # the fixture with its tiny model
+    length_flag: str
+    dropout: str  # --config_overrides that switch it on
+    model_class: str  # of PyTorch; Flax's has "Flax" in front
+    golden: dict[str, float]  # of the first step
+    learned: float  # an evaluation loss that 80 steps reach; chance is log(512) = 6.2, or for T5 log(640) = 6.5
+
+
+SCRIPTS = [
+    Script(
+        run_mlm_flax, "roberta_dir", "--max_seq_length", "hidden_dropout_prob=0.1", "RobertaForMaskedLM",
+        {"loss": 6.325360, "grad_norm": 2.736991}, 5.6,
+    ),
+    Script(
+        run_clm_flax, "gpt2_dir", "--block_size", "resid_pdrop=0.1,embd_pdrop=0.1", "GPT2LMHeadModel",
+        {"loss": 6.283368, "grad_norm": 1.587937}, 5.6,
+    ),
+    Script(
+        run_t5_mlm_flax, "t5_dir", "--max_seq_length", "dropout_rate=0.1", "T5ForConditionalGeneration",
+        {"loss": 18.012712, "grad_norm": 15.258495}, 5.6,
+    ),
+    Script(
+        run_bart_dlm_flax, "bart_dir", "--max_seq_length", "dropout=0.1", "BartForConditionalGeneration",
+        {"loss": 6.267646, "grad_norm": 0.857186}, 5.6,
+    ),
+]  # fmt: skip
+ALL = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.module.__name__, scope="module")
+# What test_run_mlm.py, test_resume.py and test_streaming.py have for run_mlm_flax.py, and more of it.
+ALL_BUT_MLM = pytest.mark.parametrize("script", SCRIPTS[1:], ids=lambda script: script.module.__name__, scope="module")
+
+
+@pytest.fixture(scope="module")
+def flags(script, request, corpus) -> list[str]:
+    """Flags of a tiny run; of two that are equal the last one counts."""
+    model_dir = request.getfixturevalue(script.model_dir)
+    flags = ["--config_name", model_dir, "--tokenizer_name", model_dir, "--train_file", corpus, script.length_flag, 32]
+    return [str(flag) for flag in flags]
+
+
+@pytest.fixture(scope="module")
+def train(script, flags) -> Callable:
+    """train(output_dir, *more_flags): main() in this process."""
+
+    def call(output_dir: Path, *more) -> dict[str, float]:
+        return script.module.main([*flags, "--output_dir", *map(str, (output_dir, *more))])
+
+    return call
+
+
+# ---- The loss ------------------------------------------------------------------------------------------------------------
+
+VOCAB_SIZE = 131  # a prime, as no other size here
+SIZES = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
+    "max_position_embeddings": 64, "num_key_value_heads": 2, "head_dim": 16, "n_embd": 32, "n_layer": 1, "n_head": 2,
+    "n_positions": 64, "rotary_dim": 8, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "ffn_dim": 48,
+    "attention_heads": 2, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_layers": 1,
+    "decoder_attention_heads": 2, "decoder_ffn_dim": 48, "embedding_size": 16, "word_embed_proj_dim": 32, "seq_length": 64,
+    "attention_types": [[["local"], 1]], "window_size": 8, "attention_type": "original_full", "decoder_start_token_id": 0,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """Special tokens of all objectives first, then words, then sentinels: VOCAB_SIZE in all."""
+    specials = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    sentinels = [f"<extra_id_{j}>" for j in range(20)]
+    words = [f"word{i}" for i in range(VOCAB_SIZE - len(specials) - len(sentinels))]
+    vocab = {token: i for i, token in enumerate([*specials.values(), *words, *sentinels])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", vocab["</s>"])])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **specials)
+
+
+def make_batch(module: ModuleType, config: PretrainedConfig) -> dict[str, np.ndarray]:
+    """Three rows as the script's own collator makes them: one is not real, one is short; some labels are id 0."""
+    collator = module.Collator(small_tokenizer(), config, module.DataTrainingArguments(), 57)
+    rng = np.random.default_rng(0)
+    rows = {name: rng.integers(0, 2, (3, collator.row_length)) for name in collator.columns}
+    rows["input_ids"] = rng.integers(5, 100, (3, collator.row_length)).astype(np.int32)
+    for name, filling in collator.columns.items():
+        rows[name][2, 9:] = filling
+    batch = collator(rows, rng.random((3, collator.draws_per_row)), np.array([True, False, True]), 1)
+    assert (batch["label_weights"].sum(axis=1) > 0).tolist() == [True, False, True]
+    batch["labels"][0, :2] = 0
+    return batch
+
+
+def make_params(model) -> dict:
+    """Random weights, not those of the library's initialisation, where some are all zeros or ones."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda array: 0.2 * rng.standard_normal(array.shape, np.float32) + (array.ndim == 1), model.params_shape_tree
+    )
+
+
+def assert_plain_loss(module: ModuleType, config: PretrainedConfig, monkeypatch) -> Callable:
+    """Loss, count, right guesses and all gradients of the script are those computed from the model's own full scores, but
+    its program never holds these. Returns a function that gives the scores of a batch.
+    """
+    monkeypatch.setattr(module.FusedHead, "CHUNK_SCORES", VOCAB_SIZE * 8)
+    monkeypatch.setattr(module.FusedHead, "MAX_CHUNKS", 4)
+    batch, model = make_batch(module, config), module.MODEL_CLASS.from_config(config, _do_init=False)
+    num_labels, params = batch["labels"].size, make_params(model)
+    assert num_labels % 4
+
+    def plain_loss(params, batch):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids") if name in batch}
+        if config.model_type == "electra":  # PyTorch's default, but not Flax's
+            inputs["token_type_ids"] = jnp.zeros_like(inputs["input_ids"])
+        logits = model(**inputs, params=params)[0].astype(jnp.float32)  # without dropout, as all models are by default
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]) * batch["label_weights"]
+        return losses.sum(), (((logits.argmax(-1) == batch["labels"]) * batch["label_weights"]).sum(), logits)
+
+    def script_loss(params, batch):
+        return module.loss_fn(params, batch, None, model=model, train=False)
+
+    plain, fused = (jax.value_and_grad(loss, has_aux=True) for loss in (plain_loss, script_loss))
+    # One program, whose common parts are compiled once, and hardly optimised: compiling is what takes time here.
+    options = {"xla_backend_optimization_level": 0}
+    compute = jax.jit(lambda params, batch: (plain(params, batch), fused(params, batch)), compiler_options=options)
+    ((loss, (correct, _)), grads), ((found, aux), found_grads) = compute(params, batch)
+    assert float(found) == pytest.approx(float(loss), rel=1e-5)
+    assert float(aux["weight"]) == batch["label_weights"].sum()
+    assert float(aux["correct"]) == float(correct)
+    # Where a gradient is zero, as that of the bias of keys, rounding is all there is.
+    noise = 1e-6 * max(np.abs(grad).max() for grad in jax.tree.leaves(grads))
+    for (path, found_grad), grad in zip(jax.tree.leaves_with_path(found_grads), jax.tree.leaves(grads), strict=True):
+        name, tolerance = jax.tree_util.keystr(path), 1e-5 * np.abs(grad).max() + noise
+        np.testing.assert_allclose(found_grad, grad, rtol=0, atol=tolerance, err_msg=name)
+
+    program = str(jax.make_jaxpr(fused)(params, batch))
+    shapes = [[int(size) for size in shape.split(",")] for shape in re.findall(r"\bf32\[([\d,]+)\]", program)]
+    largest = max(math.prod(shape) for shape in shapes if VOCAB_SIZE in shape)
+    assert VOCAB_SIZE * num_labels / 4 <= largest < VOCAB_SIZE * num_labels
+    return lambda batch: compute(params, batch)[0][0][1][1]
+
+
+CAUSAL = {config_class.__name__: (config_class, {}) for config_class in run_clm_flax.FLAX_MODELS}
+CAUSAL["Mistral without window"] = (MistralConfig, {"sliding_window": None})
+
+
+@pytest.mark.parametrize(("config_class", "more"), CAUSAL.values(), ids=CAUSAL)
+def test_causal_loss(config_class, more, monkeypatch):
+    """In every family; and scores depend on what came before, not on what follows, in encoders by default too."""
+    config = config_class(**SIZES, **more)
+    run_clm_flax.DataTrainingArguments().adapt_config(config)
+    scores_of = assert_plain_loss(run_clm_flax, config, monkeypatch)
+    batch = make_batch(run_clm_flax, config)
+    scores = scores_of(batch)
+    changed = batch["input_ids"] + (np.arange(57) == 8)  # not in place: jax may hold the array
+    others = scores_of(batch | {"input_ids": changed})
+    np.testing.assert_array_equal(scores[:, :8], others[:, :8])
+    assert np.abs(scores - others)[0, [8, 12]].max(axis=-1).min() > 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("module", "config_class"),
+    [(run_t5_mlm_flax, T5Config), (run_t5_mlm_flax, MT5Config), (run_bart_dlm_flax, BartConfig)],
+    ids=["t5", "mt5", "bart"],
+)
+def test_encoder_decoder_loss(module, config_class, tied, monkeypatch):
+    """With vocabulary heads of their own or not, and in BART with a bias that it adds behind its head."""
+    assert_plain_loss(module, config_class(**SIZES, tie_word_embeddings=tied), monkeypatch)
+
+
+STEPS = [
+    "--max_steps", "5", "--learning_rate", "1e-3", "--logging_steps", "1", "--max_eval_samples", "19",
+    "--adam_epsilon", "1e-4",  # gradients that are zero but for rounding, as that of the bias of keys, Adam would blow up
+]  # fmt: skip
+
+
+# ---- The first step ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fixed_data(tmp_path_factory) -> tuple[Path, Path]:
+    """A text and the directory of a tokenizer that depend on nothing which is installed."""
+    directory = tmp_path_factory.mktemp("fixed")
+    rng = np.random.default_rng(0)
+    numbers = 90 * rng.random((400, 24)) ** 3  # low ones are more frequent
+    (directory / "text.txt").write_text("".join(f"{' '.join(f'word{int(i)}' for i in line)}\n" for line in numbers))
+    small_tokenizer().save_pretrained(directory / "tokenizer")
+    return directory / "text.txt", directory / "tokenizer"
+
+
+@ALL
+def test_golden_first_step(script, train, fixed_data, tmp_path):
+    text, tokenizer = fixed_data
+    train(tmp_path, "--train_file", text, "--tokenizer_name", tokenizer, "--do_train", *STEPS)
+    points = read_events(tmp_path)
+    found = {name: points[f"train_{name}"][0][1] for name in script.golden}
+    assert found == pytest.approx(script.golden, rel=1e-4), (
+        f"The first step changed: {found}. If the change of noise, order, initialisation or loss was meant, update the"
+        " numbers in SCRIPTS and say so in the commit; if not, it is a bug."
+    )
+
+
+# ---- Alone, and on several devices ---------------------------------------------------------------------------------------
+
+
+@ALL
+def test_alone_on_four_devices_equals_here_on_one(script, flags, train, run_script, tmp_path):
+    """The script and nothing else in an empty directory, 4 x 2 rows; then 1 x 8: the same curve, evaluation and weights."""
+    shutil.copy(script.module.__file__, tmp_path)
+    name = Path(script.module.__file__).name
+    four = ["--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 2, "--output_dir", "four"]
+    done = run_script(name, *flags, *STEPS, *four, devices=4, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "on 4 device(s)" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {name, "four"}
+    train(tmp_path / "one", *STEPS)
+    one, four = (read_events(tmp_path / name) for name in ("one", "four"))
+    for tag in ("train_loss", "train_grad_norm", "eval_loss", "eval_accuracy"):
+        assert [x for x, _ in one[tag]] == [x for x, _ in four[tag]]
+        assert [v for _, v in one[tag]] == pytest.approx([v for _, v in four[tag]], rel=1e-5), tag
+    one, four = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "four"))
+    for key in one:
+        np.testing.assert_allclose(one[key], four[key], atol=2e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:1], ids=lambda script: script.module.__name__, scope="module")
+def test_through_a_symlink(script, flags, run_script, request, tmp_path):
+    """Executed in a model directory, the flags in a .args file beside it."""
+    directory = shutil.copytree(request.getfixturevalue(script.model_dir), tmp_path / "model")
+    source = Path(script.module.__file__)
+    os.symlink(source, directory / source.name)
+    (directory / source.with_suffix(".args").name).write_text(" ".join([*flags, "--max-steps 1 --output_dir ignored"]))
+    assert os.access(source, os.X_OK)
+    done = run_script(f"./{source.name}", "--do_train", "--output_dir", "./", "--overwrite_output_dir", cwd=directory)
+    assert done.returncode == 0, done.stderr
+    assert (directory / "flax_model.msgpack").exists()
+    assert not (directory / "ignored").exists()
+
+
+# ---- Resumed -------------------------------------------------------------------------------------------------------------
+
+
+# Dropout, two micro-batches; epochs, saves, evaluations and log lines end at different steps.
+SIX_STEPS = [
+    "--max_steps", 6, "--save_steps", 2, "--eval_steps", 3, "--logging_steps", 5, "--learning_rate", 1e-3,
+    "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2,
+]  # fmt: skip
+
+
+@ALL_BUT_MLM
+def test_resumed_equals_uninterrupted(script, train, tmp_path):
+    """Stopped after step 3 of 6: bit for bit the same weights, optimizer state, curves and results."""
+    flags = [*SIX_STEPS, "--max_train_samples", 43, "--max_eval_samples", 12, "--config_overrides", script.dropout]
+    train(tmp_path / "whole", *flags)
+    train_until(train, tmp_path / "stopped", 3, *flags, module=script.module)
+    train(tmp_path / "stopped", *flags, "--resume_from_checkpoint")
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+@ALL_BUT_MLM
+def test_resumed_stream_equals_uninterrupted(script, train, tmp_path):
+    """Cut off after the checkpoint of step 4."""
+    flags = [*SIX_STEPS, "--streaming", "--shuffle_buffer_size", 60, "--num_eval_samples", 12]
+    flags += ["--config_overrides", script.dropout]
+    train(tmp_path / "whole", *flags)
+    resumed = back_to(tmp_path / "whole", tmp_path / "resumed", 4)
+    (resumed / "model.safetensors").unlink()
+    train(resumed, *flags, "--resume_from_checkpoint")
+    assert_same_run(tmp_path / "whole", resumed)
+
+
+# ---- Trained -------------------------------------------------------------------------------------------------------------
+
+
+@ALL_BUT_MLM
+def test_training_learns(script, train, tmp_path):
+    """Real text for 80 steps; and what it leaves behind: results, weights in both formats, a card that says how to load."""
+    results = train(
+        tmp_path, "--max_steps", 80, "--learning_rate", 1e-2, "--warmup_steps", 10, "--per_device_train_batch_size", 16,
+        "--logging_steps", 40, "--eval_steps", 40, "--max_eval_samples", 64,
+    )  # fmt: skip
+    saved = json.loads((tmp_path / "eval_results.json").read_text())
+    assert set(saved) == {"eval_accuracy", "eval_loss", "eval_perplexity"}
+    assert saved.items() <= results.items()
+    assert results["train_steps"] == 80
+    assert results["eval_perplexity"] == pytest.approx(math.exp(results["eval_loss"]))
+    assert results["eval_loss"] < min(script.learned, 0.9 * read_events(tmp_path)["train_loss"][0][1])
+    assert 0.03 < results["eval_accuracy"] < 1  # 0.002 by chance
+
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"config.json", "tokenizer.json", "model.safetensors", "flax_model.msgpack", "README.md"}
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [script.model_class]
+    card = (tmp_path / "README.md").read_text()
+    assert f"import {script.model_class}, AutoTokenizer" in card
+    assert f"= Flax{script.model_class}.from_pretrained(" in card
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.decode(tokenizer("A tokenizer")["input_ids"], skip_special_tokens=True) == "A tokenizer"
+
+
+# ---- Mistakes, in one line, and flags of an objective --------------------------------------------------------------------
+
+
+@pytest.fixture
+def mistake(error_of, tmp_path):
+    """mistake(module, model_dir, *flags): main() that ends with an error, and that error."""
+
+    def call(module: ModuleType, model_dir: Path, *flags) -> str:
+        base = ["--config_name", model_dir, "--tokenizer_name", model_dir, "--output_dir", tmp_path / "out", "--max_steps", 1]
+        return error_of(module.main, [str(flag) for flag in [*base, *flags]])
+
+    return call
+
+
+@pytest.fixture
+def bare_tokenizer_dir(tmp_path) -> Path:
+    """A tokenizer with words and an unknown token only."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "word": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / "bare")
+    return tmp_path / "bare"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--block_size", 1], "--block_size 1: must be at least 2"),
+        (["--append_eos_token", "--tokenizer_name", "BARE"], "--append_eos_token: the tokenizer has no end-of-sequence token"),
+        (["--config_name", "T5", "--tokenizer_name", "T5"], "model type t5: has no Flax class for this objective"),
+    ],
+    ids=["block_size", "eos", "t5"],
+)
+def test_mistakes_with_causal_models(flags, message, mistake, gpt2_dir, t5_dir, bare_tokenizer_dir, corpus):
+    directories = {"BARE": bare_tokenizer_dir, "T5": t5_dir}
+    line = mistake(run_clm_flax, gpt2_dir, "--train_file", corpus, *(directories.get(flag, flag) for flag in flags))
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_seq_length", 4000], r"--max_seq_length 4000 .*: up to \d+ spans in a row, .* but the tokenizer has 100:"),
+        (["--mlm_probability", 1.0], r"--mlm_probability 1.0: must lie between 0 and 1, both excluded"),
+        (["--tokenizer_name", "BARE"], r"--tokenizer_name: has no pad_token"),
+        (["--config_name", "GPT2"], r"model type gpt2: has no Flax class for this objective; supported are t5, mt5"),
+    ],
+    ids=["sentinels", "mlm_probability", "bare tokenizer", "gpt2"],
+)
+def test_mistakes_with_t5(flags, message, mistake, t5_dir, gpt2_dir, bare_tokenizer_dir, corpus, monkeypatch):
+    """All of them before any text is looked at."""
+    monkeypatch.setattr(run_t5_mlm_flax, "prepare_data", lambda *args: pytest.fail("it was"))
+    directories = {"BARE": bare_tokenizer_dir, "GPT2": gpt2_dir}
+    line = mistake(run_t5_mlm_flax, t5_dir, "--train_file", corpus, *(directories.get(flag, flag) for flag in flags))
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mlm_probability", 1.0], "--mlm_probability 1.0: must be at least 0 and below 1"),
+        (["--permute_sentence_ratio", 1.5], "--permute_sentence_ratio 1.5: must lie between 0 and 1"),
+        (["--poisson_lambda", 0], "--poisson_lambda 0.0: must be above 0"),
+        (["--max_seq_length", 65], "--max_seq_length 65: the model has positions for 64 tokens"),
+        (["--tokenizer_name", "BARE"], "--tokenizer_name: has no mask_token"),
+        (["--config_name", "GPT2"], "model type gpt2: has no Flax class for this objective; supported are bart"),
+    ],
+    ids=["mlm_probability", "permute_sentence_ratio", "poisson_lambda", "max_seq_length", "bare tokenizer", "gpt2"],
+)
+def test_mistakes_with_bart(flags, message, mistake, bart_dir, gpt2_dir, bare_tokenizer_dir, corpus, monkeypatch):
+    """All of them before any text is looked at."""
+    monkeypatch.setattr(run_bart_dlm_flax, "prepare_data", lambda *args: pytest.fail("it was"))
+    directories = {"BARE": bare_tokenizer_dir, "GPT2": gpt2_dir}
+    line = mistake(run_bart_dlm_flax, bart_dir, "--train_file", corpus, *(directories.get(flag, flag) for flag in flags))
+    assert message in line
+
+
+def test_block_size_is_cut(gpt2_dir, monkeypatch):
+    """As in the original, with a warning; and what is taken where the flag is not given."""
+    warnings = []
+    monkeypatch.setattr(run_clm_flax.logger, "warning", lambda message, *args: warnings.append(message % args))
+    tokenizer = GPT2TokenizerFast.from_pretrained(gpt2_dir, model_max_length=1000)
+    data_args = run_clm_flax.DataTrainingArguments(block_size=80)
+    assert run_clm_flax.choose_row_length(data_args, GPT2Config(n_positions=48), tokenizer) == 48
+    assert warnings == ["--block_size 80 is cut to what tokenizer and model can take, 48."]
+    data_args = run_clm_flax.DataTrainingArguments()
+    assert run_clm_flax.choose_row_length(data_args, GPT2Config(n_positions=48), tokenizer) == 48
+    tokenizer.model_max_length = 2000
+    assert run_clm_flax.choose_row_length(data_args, GPT2Config(n_positions=4096), tokenizer) == 1024
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "streaming"])
+def test_line_breaks_and_ends_of_texts(streaming, gpt2_dir, tmp_path):
+    """--keep_linebreaks, on by default, keeps the line break of each line of a txt file; --append_eos_token ends each."""
+    module, lines = run_clm_flax, ["One line.", "Another one", "a third", "and a last one."]
+    more = ["and so on"] * 9  # of which a stream drops the end, where it fills no row
+    (tmp_path / "a.txt").write_text("".join(f"{line}\n" for line in lines + more))
+
+    def text_of(*flags) -> str:
+        """What the rows of tokens hold."""
+        argv = ["--validation_file", tmp_path / "a.txt", "--config_name", gpt2_dir, "--tokenizer_name", gpt2_dir]
+        argv += ["--output_dir", tmp_path / "out", "--do_eval", *["--streaming"] * streaming, *flags]
+        model_args, data_args, training_args = module.parse_arguments([str(flag) for flag in argv])
+        tokenizer = AutoTokenizer.from_pretrained(gpt2_dir)
+        collator = module.Collator(tokenizer, GPT2Config(), data_args, 8)
+        _, rows = module.prepare_data(data_args, model_args, training_args, tokenizer, collator)
+        return tokenizer.decode([token for token in rows["validation"]["input_ids"].reshape(-1).tolist() if token >= 0])
+
+    for linebreaks, end in (([], "\n"), (["--keep_linebreaks"], "\n"), (["--no_keep_linebreaks"], "")):
+        for eos, append in (("", []), ("<|endoftext|>", ["--append_eos_token"])):
+            expected = "".join(f"{line}{end}{eos}" for line in [*lines, more[0]])
+            assert text_of(*linebreaks, *append).startswith(expected)
