@@ -76,6 +76,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.mistral.modeling_flax_mistral import FlaxMistralAttention
 
 logger = logging.getLogger(__name__)
 
@@ -345,6 +346,18 @@ class Collator:
 MODEL_CLASS, FLAX_MODELS = FlaxAutoModelForCausalLM, FLAX_MODEL_FOR_CAUSAL_LM_MAPPING
 
 
+def set_up_mistral_attention(attention: FlaxMistralAttention, setup: Callable = FlaxMistralAttention.setup) -> None:
+    """Let a token see itself and the `sliding_window` - 1 before it, or all of them if there is no window, as in PyTorch."""
+    setup(attention)
+    positions = jnp.arange(attention.config.max_position_embeddings)
+    distance = positions[:, None] - positions
+    attention.causal_mask = ((distance >= 0) & (distance < (attention.config.sliding_window or len(positions))))[None, None]
+
+
+# transformers 4.57.6 shows it one token more, and without a window itself alone.
+FlaxMistralAttention.setup = set_up_mistral_attention
+
+
 # The module that turns hidden states into scores of the vocabulary, by the name it has in the Flax classes.
 VOCABULARY_HEADS = ("lm_head", "predictions", "vocab_projector", "generator_lm_head")
 
@@ -447,6 +460,8 @@ def loss_fn(
         micro-batches and devices before the division.
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if model.config.model_type == "electra":
+        inputs["token_type_ids"] = jnp.zeros_like(inputs["input_ids"])  # as in PyTorch; the Flax class would take ones
     labels_BT, weights_BT = batch["labels"], batch["label_weights"]
     with FusedHead(labels_BT, weights_BT, model.config.vocab_size) as head:
         mode = {"deterministic": not train} if model.config.model_type == "opt" else {"train": train}
@@ -1090,11 +1105,17 @@ class TextStream:
         while found < num_rows:
             batch = [example[self.text_column] for example in itertools.islice(texts, 100)]
             if not batch:
+                if carried.get("input_ids"):  # all the data is read: what is left over becomes a row that is filled up
+                    parts.append({name: self.fill_up(name, values) for name, values in carried.items()})
                 break
             part, carried = self.make_rows(batch, carried)
             parts.append(part)
             num_texts, found = num_texts + len(batch), found + len(part["input_ids"])
         return {name: np.concatenate([part[name] for part in parts])[:num_rows] for name in self.collator.columns}, num_texts
+
+    def fill_up(self, name: str, values: list[int]) -> np.ndarray:
+        """A row of a column, [1, T], from fewer than T values."""
+        return np.array([values + [self.collator.columns[name]] * (self.collator.row_length - len(values))], np.int32)
 
     def windows(self, position: Mapping[str, Any] | None) -> Iterator[tuple[TokenRows, dict[str, Any]]]:
         """Windows without end, epoch after epoch, each with the position of its start."""
@@ -2233,6 +2254,8 @@ def pytorch_state_dict(params) -> dict[str, np.ndarray]:
             array = array.T
         leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
         state[".".join((*module_path, leaf))] = np.ascontiguousarray(array)
+    if {"model.shared.weight", "lm_head.weight"} <= state.keys():  # BART with a head of its own has three tables there
+        state |= {f"model.{side}.embed_tokens.weight": state["model.shared.weight"] for side in ("encoder", "decoder")}
     return state
 
 

@@ -525,6 +525,8 @@ def loss_fn(
     """
     with labelled_positions_only(batch["label_positions"]):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        if model.config.model_type == "electra":
+            inputs["token_type_ids"] = jnp.zeros_like(inputs["input_ids"])  # as in PyTorch; the Flax class would take ones
         logits = model(**inputs, params=params, dropout_rng=dropout_rng, train=train)[0]
     if logits.shape[:-1] != (1, len(batch["labels"])):  # [B, T, V]: the head has another name
         log_once("The vocabulary head of %s is not known here: it scores all positions, which is slower.", type(model).__name__)
@@ -1168,11 +1170,17 @@ class TextStream:
         while found < num_rows:
             batch = [example[self.text_column] for example in itertools.islice(texts, 100)]
             if not batch:
+                if carried.get("input_ids"):  # all the data is read: what is left over becomes a row that is filled up
+                    parts.append({name: self.fill_up(name, values) for name, values in carried.items()})
                 break
             part, carried = self.make_rows(batch, carried)
             parts.append(part)
             num_texts, found = num_texts + len(batch), found + len(part["input_ids"])
         return {name: np.concatenate([part[name] for part in parts])[:num_rows] for name in self.collator.columns}, num_texts
+
+    def fill_up(self, name: str, values: list[int]) -> np.ndarray:
+        """A row of a column, [1, T], from fewer than T values."""
+        return np.array([values + [self.collator.columns[name]] * (self.collator.row_length - len(values))], np.int32)
 
     def windows(self, position: Mapping[str, Any] | None) -> Iterator[tuple[TokenRows, dict[str, Any]]]:
         """Windows without end, epoch after epoch, each with the position of its start."""
@@ -2311,6 +2319,8 @@ def pytorch_state_dict(params) -> dict[str, np.ndarray]:
             array = array.T
         leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
         state[".".join((*module_path, leaf))] = np.ascontiguousarray(array)
+    if {"model.shared.weight", "lm_head.weight"} <= state.keys():  # BART with a head of its own has three tables there
+        state |= {f"model.{side}.embed_tokens.weight": state["model.shared.weight"] for side in ("encoder", "decoder")}
     return state
 
 

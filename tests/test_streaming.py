@@ -112,6 +112,19 @@ def test_evaluation_texts_never_reach_training(number_tokenizer, tmp_path):
     assert 0 in numbers(held_out)
 
 
+def test_evaluation_has_the_last_tokens_too(number_tokenizer, tmp_path):
+    """All tokens of a validation file are scored; its last row is filled up."""
+    (tmp_path / "validation").mkdir()
+    validation = number_file(tmp_path / "validation", 7)
+    stream, held_out = open_stream(
+        number_file(tmp_path, 60), number_tokenizer, num_eval_samples=1000, validation_file=str(validation)
+    )
+    found = numbers(held_out)
+    padding = number_tokenizer.pad_token_id - 3
+    assert found.pop(padding, 0) == held_out.size - 7 * COPIES < ROW
+    assert found == dict.fromkeys(range(7), COPIES)
+
+
 def test_each_window_and_epoch_has_an_order_of_its_own(number_tokenizer, tmp_path):
     """The same texts in the same windows, but rows in another order; in no window the order of the file."""
     stream, _ = open_stream(number_file(tmp_path, 324), number_tokenizer, shuffle_buffer_size=112)  # 7 * 112 = 49 rows
