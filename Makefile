@@ -8,7 +8,7 @@ BUILD := quickstart/build
 # Large arrays in huge pages: on Linux CPUs a training step spends up to a third of its time on page faults without.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: quickstart quickstart-clm quickstart-t5 quickstart-bart test test-torch test-faults bench-vocab-head bench-host-pipeline check-copies fix-copies style check-style clean
+.PHONY: quickstart quickstart-clm quickstart-t5 quickstart-bart quickstart-nsp test test-torch test-faults bench-vocab-head bench-host-pipeline check-copies fix-copies style check-style clean
 
 $(VENV)/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -44,6 +44,13 @@ quickstart-clm quickstart-t5 quickstart-bart: quickstart-%: $(VENV)/runtime
 	$(RUN) prepare_model_dir.py quickstart/$*_model.json --overwrite_output_dir
 	$(RUN) $(SCRIPT_$*) quickstart/$*.json --overwrite_output_dir
 	$(RUN) quickstart/write_text.py --model_dir $(BUILD)/$* --corpus_dir $(BUILD)/corpus
+
+## quickstart-nsp: the same for pairs of sentences; does the model tell which ones belong together?
+quickstart-nsp: $(VENV)/runtime
+	$(RUN) quickstart/python_docs_corpus.py --output_dir $(BUILD)/documents --documents
+	$(RUN) prepare_model_dir.py quickstart/nsp_model.json --overwrite_output_dir
+	$(RUN) run_pretraining_flax.py quickstart/nsp.json --overwrite_output_dir
+	$(RUN) quickstart/fill_mask.py --model_dir $(BUILD)/nsp --corpus_dir $(BUILD)/documents
 
 ## test: all tests that need neither an accelerator, nor the internet, nor PyTorch
 test: $(VENV)/development

@@ -504,6 +504,11 @@ class ScriptArgumentParser(HfArgumentParser):
     Flags after the JSON file override it. Its values are checked as if they stood on the command line.
     """
 
+    VENDOR_FLAGS = (
+        "ipu_config_name", "ipu_config_overrides", "n_ipu", "fp32", "loss_scaling", "auto_loss_scaling", "dataloader_mode",
+        "compile_only", "pad_on_batch_axis",
+    )  # fmt: skip
+
     def error(self, message: str) -> NoReturn:
         fail(message)
 
@@ -513,8 +518,13 @@ class ScriptArgumentParser(HfArgumentParser):
             argv[:1] = self.read_json(argv[0])
         *arguments, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         if unknown:
-            fail(f"{unknown[0]}: no such flag; --help lists them all")
+            fail(f"{unknown[0]}: {self.objection(unknown[0])}")
         return tuple(arguments)
+
+    def objection(self, flag: str) -> str:
+        if flag.lstrip("-").partition("=")[0] in self.VENDOR_FLAGS:
+            return "is made for one vendor's hardware, remove it: JAX places the program on the devices by itself"
+        return "no such flag; --help lists them all"
 
     def read_json(self, path: str) -> list[str]:
         try:
@@ -523,9 +533,9 @@ class ScriptArgumentParser(HfArgumentParser):
             fail(f"{path}: cannot be read as JSON: {first_line(error)}")
         if not isinstance(values, dict):
             fail(f"{path}: must hold one JSON object, of flag names and values")
-        known = {f.name for arguments in self.dataclass_types for f in dataclasses.fields(arguments)}
-        for name in values.keys() - known:
-            fail(f"{path}: '{name}' is no flag of this script; --help lists them all")
+        for name in values:
+            if f"--{name}" not in self._option_string_actions:  # the names of flags, and other names they go by
+                fail(f"{path}: '{name}': {self.objection(name)}")
         return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 

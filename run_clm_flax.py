@@ -110,6 +110,10 @@ class TrainingArguments:
     adam_beta2: float = field(default=0.999, metadata={"help": "AdamW: decay of the second moment, in [0, 1)."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW: added to the denominator."})
     adafactor: bool = field(default=False, metadata={"help": "Adafactor instead of AdamW: far less optimizer memory."})
+    lamb: bool = field(
+        default=False, metadata={"help": "LAMB instead of AdamW, for very large batches; flags of AdamW hold for it too."}
+    )
+    lamb_no_bias_correction: bool = field(default=False, metadata={"help": "LAMB without Adam's bias correction."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this global norm; 0 does not clip."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training rows; fractions count."})
     max_steps: int = field(
@@ -118,6 +122,9 @@ class TrainingArguments:
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = field(
         default="linear", metadata={"help": "Learning rate after the warmup: down to zero in a line or a cosine, or kept."}
+    )
+    groupbert_schedule: bool = field(
+        default=False, metadata={"help": "Warmup along a square root instead of a line, then a line down to 1e-7 instead of 0."}
     )
     warmup_steps: int = field(default=0, metadata={"help": "Steps in which the learning rate grows linearly from zero."})
     warmup_ratio: float = field(default=0.0, metadata={"help": "Warmup as a share of all steps, if warmup_steps is 0."})
@@ -186,6 +193,9 @@ class ModelArguments:
         default=None, metadata={"help": "Tokenizer (Hub id or directory). Unset: the one of model_name_or_path."}
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and tokenised data are kept."})
+    model_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of the Hub repositories of configuration, tokenizer, weights."}
+    )
     use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use the Rust tokenizer."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32",
@@ -205,9 +215,14 @@ class DataArguments:
     cuts_row_length: ClassVar[bool] = False  # what happens if it is more than the model can take: cut or refused
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, or a local directory (data files, or written by save_to_disk)."}
+        default=None,
+        metadata={
+            "aliases": ["--dataset_path"],
+            "help": "Hub id, or a local directory (data files, or written by save_to_disk).",
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    data_dir: str | None = field(default=None, metadata={"help": "Directory within the dataset to take data files from."})
     train_file: str | None = field(
         default=None, metadata={"help": "Training text: txt, csv, json, jsonl or parquet, also .gz, .bz2 or .xz."}
     )
@@ -245,6 +260,10 @@ class DataArguments:
     def add_columns(self, dataset: datasets.Dataset, split: str) -> datasets.Dataset:
         """Add columns that the objective reads beside the text."""
         return dataset
+
+    def source_column(self, dataset: datasets.Dataset, collator: "Collator") -> str:
+        """The column of which rows of tokens are made; mistakes in the data may be refused here."""
+        return find_text_column(dataset, self.text_column_name)
 
 
 # ---- Objective: yours to edit --------------------------------------------------------------------------------------------
@@ -566,6 +585,11 @@ class ScriptArgumentParser(HfArgumentParser):
     Flags after the JSON file override it. Its values are checked as if they stood on the command line.
     """
 
+    VENDOR_FLAGS = (
+        "ipu_config_name", "ipu_config_overrides", "n_ipu", "fp32", "loss_scaling", "auto_loss_scaling", "dataloader_mode",
+        "compile_only", "pad_on_batch_axis",
+    )  # fmt: skip
+
     def error(self, message: str) -> NoReturn:
         fail(message)
 
@@ -575,8 +599,13 @@ class ScriptArgumentParser(HfArgumentParser):
             argv[:1] = self.read_json(argv[0])
         *arguments, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         if unknown:
-            fail(f"{unknown[0]}: no such flag; --help lists them all")
+            fail(f"{unknown[0]}: {self.objection(unknown[0])}")
         return tuple(arguments)
+
+    def objection(self, flag: str) -> str:
+        if flag.lstrip("-").partition("=")[0] in self.VENDOR_FLAGS:
+            return "is made for one vendor's hardware, remove it: JAX places the program on the devices by itself"
+        return "no such flag; --help lists them all"
 
     def read_json(self, path: str) -> list[str]:
         try:
@@ -585,9 +614,9 @@ class ScriptArgumentParser(HfArgumentParser):
             fail(f"{path}: cannot be read as JSON: {first_line(error)}")
         if not isinstance(values, dict):
             fail(f"{path}: must hold one JSON object, of flag names and values")
-        known = {f.name for arguments in self.dataclass_types for f in dataclasses.fields(arguments)}
-        for name in values.keys() - known:
-            fail(f"{path}: '{name}' is no flag of this script; --help lists them all")
+        for name in values:
+            if f"--{name}" not in self._option_string_actions:  # the names of flags, and other names they go by
+                fail(f"{path}: '{name}': {self.objection(name)}")
         return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
@@ -630,6 +659,8 @@ LIMITS = {
     "validation_split_percentage": (1, 99),
     "max_seq_length": (1, math.inf),
     "preprocessing_num_workers": (1, math.inf),
+    "max_predictions_per_seq": (1, math.inf),
+    "dupe_factor": (1, math.inf),
     "max_train_samples": (1, math.inf),
     "max_eval_samples": (1, math.inf),
     "seed": (0, 2**32 - 1),
@@ -654,6 +685,12 @@ def check_arguments(model_args: ModelArguments, data_args: DataTrainingArguments
         fail("--streaming: needs --max_steps, since the length of a stream is not known")
     if data_args.streaming and data_args.max_train_samples:
         fail("--max_train_samples: not with --streaming; --max_steps says how much is trained on")
+    if training_args.lamb and training_args.adafactor:
+        fail("--lamb, --adafactor: name one optimizer")
+    if training_args.lamb_no_bias_correction and not training_args.lamb:
+        fail("--lamb_no_bias_correction: changes LAMB; add --lamb or drop the flag")
+    if training_args.groupbert_schedule and training_args.lr_scheduler_type != "linear":
+        fail(f"--lr_scheduler_type {training_args.lr_scheduler_type}: not with --groupbert_schedule, which is linear")
     if model_args.dtype == "float16":
         fail("--dtype float16: would need loss scaling, which this script does not do; use bfloat16")
     check_data_arguments(data_args, training_args.do_train)
@@ -752,9 +789,8 @@ def load_named_dataset(data_args: DataTrainingArguments, model_args: ModelArgume
             loaded = datasets.load_from_disk(name)
         else:
             logger.info("Loading dataset %s", name)
-            loaded = datasets.load_dataset(
-                name, data_args.dataset_config_name, cache_dir=model_args.cache_dir, token=model_args.token
-            )
+            options = {"data_dir": data_args.data_dir, "cache_dir": model_args.cache_dir, "token": model_args.token}
+            loaded = datasets.load_dataset(name, data_args.dataset_config_name, **options)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         fail(f"--dataset_name {name}: cannot be loaded: {first_line(error)}")
     splits = dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
@@ -833,7 +869,7 @@ def load_config(model_args: ModelArguments) -> PretrainedConfig:
         logger.warning("Fresh weights in the default configuration of %s.", model_args.model_type)
         config = CONFIG_MAPPING[model_args.model_type]()
     else:
-        options = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+        options = {"cache_dir": model_args.cache_dir, "token": model_args.token, "revision": model_args.model_revision}
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=model_args.trust_remote_code, **options)
         except (OSError, ValueError, KeyError) as error:
@@ -917,6 +953,7 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
             cache_dir=model_args.cache_dir,
             use_fast=model_args.use_fast_tokenizer,
             token=model_args.token,
+            revision=model_args.model_revision,
             trust_remote_code=model_args.trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
@@ -981,7 +1018,7 @@ def tokenize_and_group(
     """Turn text into rows of tokens per split: all texts joined and cut, or one row per text if the collator wants it so."""
     rows = {}
     for split, dataset in raw_datasets.items():
-        text_column = find_text_column(dataset, data_args.text_column_name)
+        text_column = data_args.source_column(dataset, collator)
         tokenized = dataset.map(
             functools.partial(tokenize_texts, tokenizer=tokenizer, text_column=text_column, **collator.tokenize_options),
             batched=True,
@@ -1177,9 +1214,10 @@ def open_text_stream(
         return None
     else:
         try:
-            if split not in datasets.get_dataset_split_names(*named, token=model_args.token):
+            options = {"data_dir": data_args.data_dir, "token": model_args.token}
+            if split not in datasets.get_dataset_split_names(*named, **options):
                 return None
-            options = {"streaming": True, "cache_dir": model_args.cache_dir, "token": model_args.token}
+            options |= {"streaming": True, "cache_dir": model_args.cache_dir}
             dataset = datasets.load_dataset(*named, split=split, **options)
         except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
             fail(f"--dataset_name {data_args.dataset_name}: {first_line(error)}")
@@ -1204,7 +1242,7 @@ def stream_data(
         example = datasets.Dataset.from_list([next(iter(source))])
     except (StopIteration, datasets.exceptions.DatasetsError, ValueError) as error:
         fail(f"the data cannot be streamed: {first_line(error)}")
-    text_column = find_text_column(example, data_args.text_column_name)
+    text_column = data_args.source_column(example, collator)
     make_stream = functools.partial(
         TextStream,
         tokenize_fn=functools.partial(
@@ -1448,7 +1486,7 @@ def load_params(config: PretrainedConfig, model_args: ModelArguments, training_a
     try:
         if source:
             logger.info("Loading weights from %s", source)
-            options = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+            options = {"cache_dir": model_args.cache_dir, "token": model_args.token, "revision": model_args.model_revision}
             options |= {"trust_remote_code": model_args.trust_remote_code, "dtype": dtype}
             loaded = MODEL_CLASS.from_pretrained(source, config=config, **options)
             params, model = loaded.params, type(loaded)(config, dtype=dtype, _do_init=False)  # holds no second copy
@@ -1486,13 +1524,17 @@ def make_learning_rate(training_args: TrainingArguments, plan: Plan) -> optax.Sc
     """Linear warmup from 0, then the decay of `lr_scheduler_type` to 0 at the last step.
 
     Update s (from 0) gets lr * s / warmup steps, so the first of a warmup changes nothing: as in the original scripts.
+    GroupBERT (Chelombiev et al. 2021, arXiv:2106.05822) has the square root of that, and goes down to 1e-7.
     """
     peak, num_decay_steps = training_args.learning_rate, plan.num_steps - plan.num_warmup_steps
+    warmup = optax.linear_schedule(0.0, peak, plan.num_warmup_steps)
     if training_args.lr_scheduler_type == "cosine":
         decay = optax.cosine_decay_schedule(peak, num_decay_steps)
+    elif training_args.groupbert_schedule:
+        decay = optax.linear_schedule(peak, 1e-7, num_decay_steps)
+        warmup = lambda step: peak * jnp.sqrt(step / plan.num_warmup_steps)  # noqa: E731
     else:
         decay = optax.linear_schedule(peak, 0.0 if training_args.lr_scheduler_type == "linear" else peak, num_decay_steps)
-    warmup = optax.linear_schedule(0.0, peak, plan.num_warmup_steps)
     return optax.join_schedules([warmup, decay], [plan.num_warmup_steps]) if plan.num_warmup_steps else decay
 
 
@@ -1502,25 +1544,30 @@ def decay_mask(params) -> Any:
 
 
 def make_optimizer(training_args: TrainingArguments, learning_rate_fn: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) or Adafactor (Shazeer & Stern 2018), clipped to `max_grad_norm` if that is set.
+    """AdamW (Loshchilov & Hutter 2019), Adafactor (Shazeer & Stern 2018) or LAMB (You et al. 2020, arXiv:1904.00962).
 
-    Adafactor's decay is decoupled and follows the learning rate, as AdamW's does; optax's own would not.
+    Gradients are clipped to `max_grad_norm` if that is set. Adafactor's decay is decoupled and follows the learning rate, as
+    AdamW's does; optax's own would not. LAMB scales the update of each matrix to the matrix's norm; biases and norms, which
+    are excluded from that as they are from decay, get Adam's update.
     """
+    b1, b2, eps = training_args.adam_beta1, training_args.adam_beta2, training_args.adam_epsilon
     if training_args.adafactor:
         optimizer = optax.chain(
             optax.adafactor(learning_rate=None),
             optax.add_decayed_weights(-training_args.weight_decay, mask=decay_mask),
             optax.scale_by_schedule(learning_rate_fn),
         )
-    else:
-        optimizer = optax.adamw(
-            learning_rate_fn,
-            b1=training_args.adam_beta1,
-            b2=training_args.adam_beta2,
-            eps=training_args.adam_epsilon,
-            weight_decay=training_args.weight_decay,
-            mask=decay_mask,
+    elif training_args.lamb:
+        correction = optax.scale_by_schedule(lambda count: (1 - b1 ** (count + 1)) / jnp.sqrt(1 - b2 ** (count + 1)))
+        optimizer = optax.chain(
+            optax.scale_by_adam(b1, b2, eps),
+            correction if training_args.lamb_no_bias_correction else optax.identity(),  # what scale_by_adam corrected
+            optax.add_decayed_weights(training_args.weight_decay, mask=decay_mask),
+            optax.masked(optax.scale_by_trust_ratio(), decay_mask),
+            optax.scale_by_learning_rate(learning_rate_fn),
         )
+    else:
+        optimizer = optax.adamw(learning_rate_fn, b1, b2, eps, weight_decay=training_args.weight_decay, mask=decay_mask)
     if training_args.max_grad_norm > 0:
         return optax.chain(optax.clip_by_global_norm(training_args.max_grad_norm), optimizer)
     return optimizer
@@ -1660,19 +1707,21 @@ class TrainingLog:
     def write(self, step: int) -> None:
         """Write the window since the last line: means weighted by labels on the log line, every step to TensorBoard."""
         seconds = self.stopwatch.seconds()
-        loss_sum = sum(point["loss"] * point["weight"] for point in self.window)
-        weight_sum = sum(point["weight"] for point in self.window)
+        last = self.window[-1]
+        losses = [name for name in last if name == "loss" or name.endswith("_loss")]  # the whole, then parts if it has some
+        sums = {name: sum(point[name] * point["weight"] for point in self.window) for name in losses}
+        loss_sum, weight_sum = sums["loss"], sum(point["weight"] for point in self.window)
         num_tokens = sum(point["tokens"] for point in self.window)
         tokens_per_second = num_tokens / max(seconds - self.window_started, 1e-9)
-        last = self.window[-1]
         logger.info(
-            "step %d of %d (epoch %.2f): loss %.4f, learning rate %.3g, gradient norm %.3g, %s tokens/s",
-            step, self.plan.num_steps, self.plan.epoch(step), loss_sum / max(weight_sum, 1),
+            "step %d of %d (epoch %.2f): %s, learning rate %.3g, gradient norm %.3g, %s tokens/s",
+            step, self.plan.num_steps, self.plan.epoch(step),
+            ", ".join(f"{name.replace('_', ' ')} {sums[name] / max(weight_sum, 1):.4f}" for name in losses),
             last["learning_rate"], last["grad_norm"], f"{tokens_per_second:,.0f}",
         )  # fmt: skip
         if self.writer:
             for point in self.window:
-                for name in ("loss", "learning_rate", "grad_norm"):
+                for name in (*losses, "learning_rate", "grad_norm"):
                     self.writer.add_scalar(f"train_{name}", point[name], point["step"])
             self.writer.add_scalar("train_time", seconds, step)
             self.writer.add_scalar("train_tokens_per_second", tokens_per_second, step)

@@ -41,7 +41,7 @@ def unigram_baseline(train_counts: np.ndarray, validation_counts: np.ndarray) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model_dir", type=Path, required=True, help="output_dir of run_mlm_flax.py")
+    parser.add_argument("--model_dir", type=Path, required=True, help="output_dir of run_mlm_flax.py or another")
     parser.add_argument("--corpus_dir", type=Path, required=True, help="directory with train.txt and validation.txt")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model_dir)
@@ -49,7 +49,13 @@ def main() -> None:
     accuracy, loss = unigram_baseline(*(count_tokens(args.corpus_dir / f"{s}.txt", tokenizer) for s in ("train", "validation")))
     print("\nOn paragraphs that were held out:        accuracy     loss")
     print(f"  unigram baseline (the commonest token)  {accuracy:8.1%} {loss:8.3f}")
-    print(f"  the model                               {results['eval_accuracy']:8.1%} {results['eval_loss']:8.3f}")
+    model_loss = results.get("eval_masked_lm_loss", results["eval_loss"])
+    print(f"  the model                               {results['eval_accuracy']:8.1%} {model_loss:8.3f}")
+    next_accuracy = results.get("eval_next_sentence_accuracy")
+    if next_accuracy is not None:
+        print("Does B follow A, or is it from another document?")
+        print(f"  chance                                  {0.5:8.1%} {np.log(2):8.3f}")
+        print(f"  the model                               {next_accuracy:8.1%} {results['eval_next_sentence_loss']:8.3f}")
 
     logging.getLogger("transformers.modeling_flax_utils").setLevel(logging.ERROR)  # the Flax classes' farewell message
     model = FlaxAutoModelForMaskedLM.from_pretrained(args.model_dir)
@@ -64,7 +70,7 @@ def main() -> None:
 
     print(f"\n{args.model_dir} holds flax_model.msgpack, model.safetensors (for PyTorch), config, tokenizer, *_results.json.")
     print(f"Curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {args.model_dir}")
-    if results["eval_accuracy"] < 1.5 * accuracy:
+    if results["eval_accuracy"] < 1.5 * accuracy or (next_accuracy is not None and next_accuracy < 0.55):
         sys.exit("error: the model is not clearly better than the baseline; something is wrong")
 
 

@@ -6,10 +6,12 @@
 
 Writes `train.txt` and `validation.txt`, one paragraph per line and none twice (CPython 3.11: about 18,000 paragraphs, 2 MB).
 A paragraph goes to one of them by a checksum of its text, so both stay the same from run to run. Nothing is downloaded.
+With --documents the paragraphs of a module stay together, a blank line divides modules, and a module goes to one of them.
 """
 
 import argparse
 import ast
+import itertools
 import sysconfig
 import warnings
 import zlib
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-HELD_OUT_PERCENT = 5
+HELD_OUT_PERCENT = 5  # of paragraphs; of documents, whose sizes differ, twice that
 
 
 def standard_library_files() -> list[Path]:
@@ -28,7 +30,12 @@ def standard_library_files() -> list[Path]:
 
 
 def paragraphs(files: Iterable[Path]) -> Iterator[str]:
-    """The paragraphs of all documentation strings, white space folded, none shorter than 30 characters or met before."""
+    """The paragraphs of all documents, in order."""
+    return itertools.chain.from_iterable(documents(files))
+
+
+def documents(files: Iterable[Path]) -> Iterator[list[str]]:
+    """The paragraphs of each file's documentation strings, white space folded, none below 30 characters or met before."""
     seen = set()
     for path in files:
         try:
@@ -36,6 +43,7 @@ def paragraphs(files: Iterable[Path]) -> Iterator[str]:
                 tree = ast.parse(path.read_text("utf-8"))
         except (SyntaxError, ValueError, RecursionError):
             continue
+        found = []
         for node in ast.walk(tree):
             if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
@@ -43,25 +51,30 @@ def paragraphs(files: Iterable[Path]) -> Iterator[str]:
                 paragraph = " ".join(paragraph.split())
                 if len(paragraph) > 30 and paragraph not in seen:
                     seen.add(paragraph)
-                    yield paragraph
+                    found.append(paragraph)
+        if found:
+            yield found
 
 
-def is_held_out(paragraph: str) -> bool:
-    return zlib.crc32(paragraph.encode("utf-8", "surrogatepass")) % 100 < HELD_OUT_PERCENT
+def is_held_out(text: str, percent: int) -> bool:
+    return zlib.crc32(text.encode("utf-8", "surrogatepass")) % 100 < percent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True, help="directory for train.txt and validation.txt")
-    output_dir = parser.parse_args().output_dir
-    output_dir.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--documents", action="store_true", help="keep modules together, a blank line between two")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     splits: dict[str, list[str]] = {"train": [], "validation": []}
-    for paragraph in paragraphs(tqdm(standard_library_files(), desc="Reading the standard library", unit="file")):
-        splits["validation" if is_held_out(paragraph) else "train"].append(paragraph)
-    for split, lines in splits.items():
-        path = output_dir / f"{split}.txt"
-        path.write_text("\n".join(lines) + "\n", "utf-8", errors="replace")
-        print(f"{path}: {len(lines):,} paragraphs, {sum(map(len, lines)) / 1e6:.1f} MB")
+    found = documents(tqdm(standard_library_files(), desc="Reading the standard library", unit="file"))
+    for text in map("\n".join, found) if args.documents else itertools.chain.from_iterable(found):
+        splits["validation" if is_held_out(text, HELD_OUT_PERCENT * (1 + args.documents)) else "train"].append(text)
+    for split, texts in splits.items():
+        path = args.output_dir / f"{split}.txt"
+        path.write_text(("\n\n" if args.documents else "\n").join(texts) + "\n", "utf-8", errors="replace")
+        kind = "documents" if args.documents else "paragraphs"
+        print(f"{path}: {len(texts):,} {kind}, {sum(map(len, texts)) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

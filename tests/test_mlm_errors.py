@@ -205,7 +205,7 @@ def test_json_arguments(mistake, tmp_path):
     for content, expected in (
         ("{", f"{path}: cannot be read as JSON"),
         ("[]", f"{path}: must hold one JSON object"),
-        ('{"output_dir": "x", "learning_rat": 1}', f"{path}: 'learning_rat' is no flag of this script"),
+        ('{"output_dir": "x", "learning_rat": 1}', f"{path}: 'learning_rat': no such flag"),
         ('{"output_dir": "x", "max_steps": 2.5}', "max_steps"),
     ):
         path.write_text(content)

@@ -116,7 +116,7 @@ def test_evaluation_has_the_last_tokens_too(number_tokenizer, tmp_path):
     """All tokens of a validation file are scored; its last row is filled up."""
     (tmp_path / "validation").mkdir()
     validation = number_file(tmp_path / "validation", 7)
-    stream, held_out = open_stream(
+    _, held_out = open_stream(
         number_file(tmp_path, 60), number_tokenizer, num_eval_samples=1000, validation_file=str(validation)
     )
     found = numbers(held_out)

@@ -25,6 +25,8 @@ ALLOWED_VARIANTS: dict[str, str] = {
     "tokenize_texts": "an objective's own columns: words, sentences, end-of-sequence tokens",
     "Collator": "an objective's noise and labels",
     "loss_fn": "an objective's inputs and labelled positions",
+    "train_step": "run_pretraining_flax.py has two losses, each divided by a number of its own",
+    "eval_metrics": "and reports them together and apart",
 }
 
 
