@@ -553,7 +553,7 @@ MISTAKES = {
     "no such flag": ([*ROBERTA, *TEXT, "--vocabulary", "9"], "--vocabulary"),
     "JSON file missing": (["none.json"], "none.json: cannot be read as JSON"),
     "JSON file with a list": (["list.json"], "list.json: must hold one JSON object"),
-    "JSON file with another flag": (["flag.json"], "flag.json: 'vocabulary' is no flag"),
+    "JSON file with another flag": (["flag.json"], "flag.json: 'vocabulary': no such flag"),
     "no number": ([*ROBERTA, *TEXT, "--vocab_size", "many"], "--vocab_size"),
 }  # fmt: skip
 

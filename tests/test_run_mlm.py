@@ -181,7 +181,8 @@ def test_loss_equals_the_plain_computation(model_type, byte_level_tokenizer):
     batch["labels"][:2] = 0  # an id like any other
 
     def plain_loss(params):
-        logits = model(batch["input_ids"], batch["attention_mask"], params=params)[0].reshape(-1, 512)
+        segments = {"token_type_ids": jnp.zeros_like(ids)} if model_type == "electra" else {}  # PyTorch's default, not Flax's
+        logits = model(batch["input_ids"], batch["attention_mask"], params=params, **segments)[0].reshape(-1, 512)
         logits = logits[batch["label_positions"]].astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]) * batch["label_weights"]
         return losses.sum(), ((logits.argmax(-1) == batch["labels"]) * batch["label_weights"]).sum()

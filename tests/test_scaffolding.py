@@ -10,6 +10,7 @@ import shlex
 import threading
 import time
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -332,3 +333,38 @@ def test_parse_as():
     for kind, text in ((int, "1.5"), (float, "x"), (bool, "2"), (list, "1")):
         with pytest.raises(ValueError, match=r"takes|is a"):
             script.parse_as(kind, text)
+
+
+def dropped(rate, key, shape):
+    """A mask of hashed_dropout, as a model gets it."""
+    with nn.intercept_methods(script.hashed_dropout):
+        return np.asarray(nn.Dropout(rate, deterministic=False).apply({}, jnp.ones(shape), rngs={"dropout": key}))
+
+
+@pytest.mark.parametrize("impl", ["rbg", "threefry2x32"])
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_hashed_dropout(rate, impl):
+    """The share is the rate, what is kept is scaled, and masks of neighbours, of shifted positions and keys are unrelated."""
+    key = script.device_rng(0, "dropout", impl=impl)
+    masks = [dropped(rate, jax.random.fold_in(key, i), (64, 4096)) for i in range(4)]
+    for mask in masks:
+        assert set(np.unique(mask)) == {0, np.float32(1 / (1 - rate))}
+    assert (dropped(rate, jax.random.fold_in(key, 0), (64, 4096)) == masks[0]).all()
+    kept = np.stack([mask.reshape(-1) > 0 for mask in masks]).astype(np.float64)
+    tolerance = 5 / np.sqrt(kept.shape[1])  # five standard deviations of a correlation
+    assert kept.mean(axis=1) == pytest.approx(1 - rate, abs=tolerance * np.sqrt(rate * (1 - rate)))
+    centred = (kept - (1 - rate)) / np.sqrt(rate * (1 - rate))
+    assert (np.abs(np.corrcoef(kept) - np.eye(4)) < tolerance).all()
+    for shift in (1, 2, 3, 7, 64, 4096):
+        assert abs((centred[0, shift:] * centred[0, :-shift]).mean()) < tolerance
+        assert abs((centred[0, shift:] * centred[1, :-shift]).mean()) < tolerance
+
+
+def test_hashed_dropout_leaves_the_rest_alone():
+    inputs = jnp.ones((4, 4))
+    with nn.intercept_methods(script.hashed_dropout):
+        assert (nn.Dropout(0.5).apply({}, inputs, deterministic=True) == inputs).all()
+        assert (nn.Dropout(0.0, deterministic=False).apply({}, inputs) == inputs).all()
+        rngs = {"dropout": jax.random.key(0)}
+        row = nn.Dropout(0.5, broadcast_dims=(0,), deterministic=False).apply({}, inputs, rngs=rngs)
+        assert (row == row[0]).all()
