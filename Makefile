@@ -8,7 +8,7 @@ BUILD := quickstart/build
 # Large arrays in huge pages: on Linux CPUs a training step spends up to a third of its time on page faults without.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: quickstart quickstart-clm quickstart-t5 quickstart-bart quickstart-nsp test test-torch test-faults bench-vocab-head bench-host-pipeline check-copies fix-copies style check-style clean
+.PHONY: quickstart quickstart-clm quickstart-t5 quickstart-bart quickstart-nsp test test-torch test-faults bench bench-vocab-head bench-host-pipeline bench-preprocessing bench-first-step check-copies fix-copies style check-style clean
 
 $(VENV)/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -64,6 +64,11 @@ test-torch: $(VENV)/torch
 test-faults: $(VENV)/development
 	$(RUN) -m pytest -m faults
 
+## bench: training throughput on this machine's CPU, beside PyTorch's in float32 and bfloat16; half an hour on 2 cores
+bench: $(VENV)/torch
+	for objective in mlm clm t5 bart; do \
+		$(RUN) benchmarks/throughput.py --objective $$objective --peer torch --peer_precision float32 bfloat16 || exit; done
+
 ## bench-vocab-head: training steps against ones with scores for all tokens and the whole vocabulary
 bench-vocab-head: $(VENV)/runtime
 	$(RUN) benchmarks/vocab_head.py --objective mlm
@@ -72,6 +77,14 @@ bench-vocab-head: $(VENV)/runtime
 ## bench-host-pipeline: noise and labels for a batch, million tokens per second on one core
 bench-host-pipeline: $(VENV)/runtime
 	$(RUN) benchmarks/host_pipeline.py
+
+## bench-preprocessing: from text to rows of tokens, by number of processes
+bench-preprocessing: $(VENV)/runtime
+	$(RUN) benchmarks/preprocessing.py
+
+## bench-first-step: from the command to the first step of training, with an empty and with a filled compilation cache
+bench-first-step: $(VENV)/runtime
+	$(RUN) benchmarks/time_to_first_step.py
 
 ## check-copies, fix-copies: functions that scripts share have one source; copy it from run_mlm_flax.py
 check-copies fix-copies: $(VENV)/development
