@@ -1710,7 +1710,8 @@ def enable_gradient_checkpointing(model: FlaxPreTrainedModel) -> None:
             for config_class, model_class in FLAX_MODELS.items()
             if model_class.enable_gradient_checkpointing is not FlaxPreTrainedModel.enable_gradient_checkpointing
         ]
-        fail(f"--gradient_checkpointing: not implemented for {model.config.model_type}, only for {', '.join(able)}")
+        remedy = f"only for {', '.join(able)}" if able else "by no Flax class of this objective; drop the flag"
+        fail(f"--gradient_checkpointing: not implemented for {model.config.model_type}, {remedy}")
 
 
 def make_learning_rate(training_args: TrainingArguments, plan: Plan) -> optax.Schedule:
