@@ -1937,6 +1937,7 @@ def train(
         log.stopwatch.stop()
         save()
         saver.wait()
+        check_all_is_saved(saver, None)
         if saver.hub and training_args.hub_strategy != "end":
             saver.hub.push(step, final=True)
         raise
@@ -2599,13 +2600,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 def check_all_is_saved(saver: Saver | None, hub: Hub | None) -> None:
     """Let the exit status tell if the last state did not get to the disk or to the Hub."""
     if saver and saver.failed:
-        raise NotSavedError(f"the state after the last step was not saved in {saver.args.output_dir}; the log says why")
+        raise NotSavedError(
+            f"the state after the last step was not saved in {saver.args.output_dir}; the log says why, earlier ones are there"
+        )
     if hub and hub.failed:
         raise NotSavedError(f"the last upload failed; the files are all here, to upload them: {hub.by_hand()}")
 
 
 class NotSavedError(Exception):
-    """Training is done, but its result is not where it should be."""
+    """Training has ended, but its result is not where it should be."""
 
 
 def run() -> int:
