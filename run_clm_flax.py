@@ -76,6 +76,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.gpt2.modeling_flax_gpt2 import FlaxConv1D
 from transformers.models.mistral.modeling_flax_mistral import FlaxMistralAttention
 
 logger = logging.getLogger(__name__)
@@ -535,6 +536,47 @@ def hashed_dropout(next_fun: Callable, args: tuple, kwargs: dict, context: nn.mo
     return jnp.where(keep, inputs / (1 - module.rate), 0).astype(inputs.dtype)
 
 
+def contract(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, dtype: jnp.dtype) -> jax.Array:
+    """Sums of products over an axis of each, in float32: asked for bfloat16 sums, XLA on a CPU converts the operands."""
+    axes = ((left_axis,), (right_axis,)), ((), ())
+    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32).astype(dtype)
+
+
+@jax.custom_vjp
+def matmul(inputs: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+    """inputs [..., D] @ kernel [D, F] in the type of the inputs, with the gradients in the order that is fast on a CPU."""
+    return contract(inputs, kernel_DF.astype(inputs.dtype), inputs.ndim - 1, 0, inputs.dtype)
+
+
+def matmul_bwd(residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inputs, kernel_DF = residuals
+    inputs_ND, cotangent_NF = inputs.reshape(-1, inputs.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+    # One operand of the kernel's gradient is written transposed, with all that XLA fused into it: let it be the narrow one.
+    widens = kernel_DF.shape[0] <= kernel_DF.shape[1]
+    narrow_NX, wide_NY = (inputs_ND, cotangent_NF) if widens else (cotangent_NF, inputs_ND)
+    narrow_XN = narrow_NX.T
+    if narrow_NX.dtype == jnp.bfloat16:  # XLA would multiply a mere transpose in float32: a row of zeros makes it more
+        narrow_XN = jnp.pad(narrow_XN, ((0, 1), (0, 0)))
+    kernel_grad_XY = contract(narrow_XN, wide_NY, 1, 0, kernel_DF.dtype)[: narrow_NX.shape[1]]
+    inputs_grad = contract(cotangent, kernel_DF.astype(cotangent.dtype), cotangent.ndim - 1, 1, inputs.dtype)
+    return inputs_grad, kernel_grad_XY if widens else kernel_grad_XY.T
+
+
+matmul.defvjp(lambda inputs, kernel_DF: (matmul(inputs, kernel_DF), (inputs, kernel_DF)), matmul_bwd)
+
+
+def dense_on_cpu(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+    """Interceptor of flax modules: dense layers through `matmul` where the processor computes them; else as they are."""
+    module = context.module
+    is_dense = isinstance(module, (nn.Dense, FlaxConv1D)) and context.method_name == "__call__"
+    if not is_dense or module.name in VOCABULARY_HEADS or jax.default_backend() != "cpu":  # heads: others intercept them
+        return next_fun(*args, **kwargs)
+    kernel, bias = module.get_variable("params", "kernel"), module.get_variable("params", "bias")
+    inputs = args[0].astype(module.dtype or jnp.result_type(args[0], kernel))
+    outputs = matmul(inputs, kernel.T if isinstance(module, FlaxConv1D) else kernel)
+    return outputs if bias is None else outputs + bias.astype(outputs.dtype)
+
+
 def train_step(
     state: TrainState,
     batch: Mapping[str, jax.Array],
@@ -554,7 +596,7 @@ def train_step(
     def add_micro_batch(sums, indexed_micro_batch):
         index, micro_batch = indexed_micro_batch
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        with nn.intercept_methods(hashed_dropout):
+        with nn.intercept_methods(hashed_dropout), nn.intercept_methods(dense_on_cpu):
             (loss, aux), grads = grad_fn(state.params, micro_batch, jax.random.fold_in(device_rng, index), train=True)
         return jax.tree.map(jnp.add, sums, (loss, aux["weight"], grads)), None
 
