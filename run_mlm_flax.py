@@ -38,6 +38,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -137,6 +138,13 @@ class TrainingArguments:
     )
     eval_steps: int | None = field(default=None, metadata={"help": "Steps between two evaluations; unset: only at the end."})
     seed: int = field(default=42, metadata={"help": "Everything random follows from it."})
+    attention_implementation: Literal["auto", "eager", "chunked", "xla", "cudnn"] = field(
+        default="auto",
+        metadata={
+            "help": "eager: as transformers' classes; chunked: exact, saves memory, fast on CPUs; xla, cudnn: "
+            "jax.nn.dot_product_attention, without attention dropout. auto: chunked on a CPU, else eager."
+        },
+    )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations in the backward pass: less memory, about 30%% more time."}
     )
@@ -563,6 +571,161 @@ def eval_metrics(totals: Mapping[str, float]) -> dict[str, float]:
     loss = totals["loss"] / max(totals["weight"], 1)
     accuracy = totals["correct"] / max(totals["weight"], 1)
     return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_perplexity": float(np.exp(loss))}
+
+
+# ---- Attention -----------------------------------------------------------------------------------------------------------
+
+
+ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate")  # in configurations
+ATTENTION_CHUNK_SCORES = 2**20  # at a time, or those of one row if it has more
+
+
+class AttentionWeights(NamedTuple):
+    """Weights that transformers' classes ask for, put off until they are multiplied by the values."""
+
+    query: jax.Array  # [batch, queries, heads, head size]
+    key: jax.Array  # [batch, keys, heads, head size]
+    options: dict[str, Any]
+
+    def astype(self, dtype: jnp.dtype) -> "AttentionWeights":
+        return self
+
+
+@contextlib.contextmanager
+def attention(implementation: str, model: FlaxPreTrainedModel) -> Iterator[None]:
+    """Within this context, or a function decorated with it, the classes of a model compute their attention in this way.
+
+    They all call flax's dot_product_attention_weights and multiply the result by the values with one einsum. In the file of
+    the classes these two names are replaced while a step is traced; no class is edited.
+    """
+    modeling = attention_file(type(model))
+    if implementation == "auto":  # measured on CPUs only: elsewhere nothing is changed unasked
+        implementation = "chunked" if jax.default_backend() == "cpu" and modeling else "eager"
+    if implementation == "cudnn" and jax.default_backend() != "gpu":
+        fail(f"--attention_implementation cudnn: is for NVIDIA GPUs, and JAX runs on {jax.default_backend()} here: use chunked")
+    if implementation == "eager":
+        yield
+        return
+
+    def make_weights(query, key, **options):
+        return AttentionWeights(query, key, options)
+
+    def einsum(subscripts, *operands, **options):
+        if not isinstance(operands[0], AttentionWeights):
+            return jnp.einsum(subscripts, *operands, **options)
+        if subscripts == "...hqk,h->...hqk":  # with a mask of heads: all ones, since the scripts pass none
+            return operands[0]
+        return attend(*operands, implementation)
+
+    originals = {name: getattr(modeling, name) for name in ("dot_product_attention_weights", "jnp")}
+    modeling.dot_product_attention_weights = make_weights
+    modeling.jnp = types.SimpleNamespace(**vars(jnp) | {"einsum": einsum})
+    try:
+        yield
+    finally:
+        vars(modeling).update(originals)
+
+
+def attention_file(model_class: type[FlaxPreTrainedModel]) -> types.ModuleType | None:
+    """The file of a model's attention classes, if they attend as `attention` expects."""
+    modeling = sys.modules[model_class.module_class.__module__]
+    return modeling if hasattr(modeling, "dot_product_attention_weights") else None
+
+
+def check_attention(implementation: str, config: PretrainedConfig) -> None:
+    """Can the model attend in this way? Fails before the text is prepared."""
+    flag = f"--attention_implementation {implementation}"
+    if implementation in ("auto", "eager") or type(config) not in FLAX_MODELS:
+        return
+    if attention_file(FLAX_MODELS[type(config)]) is None:
+        fail(f"{flag}: {config.model_type} has attention of its own: leave the flag out")
+    rates = {name: getattr(config, name) for name in ATTENTION_DROPOUT if getattr(config, name, 0)}
+    if implementation != "chunked" and rates:
+        rate = "=".join(map(str, next(iter(rates.items()))))
+        fail(f"{flag}: cannot drop attention weights, and the configuration has {rate}: set it to 0, or use chunked")
+
+
+def attend(weights: AttentionWeights, value: jax.Array, implementation: str) -> jax.Array:
+    """softmax(query key / sqrt(head size) + bias) value, with dropout: [batch, queries, heads, head size]."""
+    query, key, options = weights
+    bias, rate, keep = options.get("bias"), options.get("dropout_rate", 0), None
+    if rate and not options.get("deterministic"):  # as flax draws it: the same for all rows and heads
+        keep = jax.random.bernoulli(options["dropout_rng"], 1 - rate, (query.shape[1], key.shape[1])) / (1 - rate)
+    if implementation == "chunked":
+        return chunked_attention(query / math.sqrt(query.shape[-1]), key, value, bias, keep)
+    assert keep is None, "check_attention lets no dropout pass"
+    bias = None if bias is None else bias.astype(query.dtype)
+    return jax.nn.dot_product_attention(query, key, value, bias, implementation=implementation)
+
+
+def attention_scores(query: jax.Array, key: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Of a row: [heads, queries, keys], in float32."""
+    scores = jnp.einsum("qhd,khd->hqk", query, key, preferred_element_type=jnp.float32)
+    return scores if bias is None else scores + bias
+
+
+@jax.custom_vjp
+def chunked_attention(query, key, value, bias: jax.Array | None, keep: jax.Array | None) -> jax.Array:
+    """Attention some rows of the batch at a time; the backward pass computes the scores again instead of keeping them.
+
+    So no array of [batch, heads, queries, keys] is ever whole, but for the gradient of a bias of that size (Rabe & Staats
+    2021, arXiv:2112.05682). `keep` is 0 where dropout drops, else 1 / (1 - rate). Softmax is in float32.
+    """
+    return chunked_attention_fwd(query, key, value, bias, keep)[0]
+
+
+def map_rows(function: Callable, query: jax.Array, key: jax.Array, bias: jax.Array | None, *others: jax.Array) -> Any:
+    """function(query, key, bias, ...) of each row of the batch, as many at a time as ATTENTION_CHUNK_SCORES says."""
+    num_scores = query.shape[1] * query.shape[2] * key.shape[1]
+    batch_size = min(ATTENTION_CHUNK_SCORES // num_scores, len(query))
+    batch_size = batch_size if batch_size > 1 else None  # on a CPU a batch of one is slower than none
+    if bias is not None and len(bias) == len(query):
+        return jax.lax.map(lambda row: function(*row), (query, key, bias, *others), batch_size=batch_size)
+    common = None if bias is None else bias[0]
+    return jax.lax.map(lambda row: function(*row[:2], common, *row[2:]), (query, key, *others), batch_size=batch_size)
+
+
+def chunked_attention_fwd(query, key, value, bias, keep):
+    def attend_row(query, key, bias, value):
+        scores = attention_scores(query, key, bias)
+        highest = scores.max(-1, keepdims=True)
+        exponentials = jnp.exp(scores - highest)
+        sums = exponentials.sum(-1, keepdims=True)
+        weights = exponentials / sums if keep is None else exponentials / sums * keep
+        output = jnp.einsum("hqk,khd->qhd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        return output.astype(value.dtype), highest, sums
+
+    output, highest, sums = map_rows(attend_row, query, key, bias, value)
+    return output, (query, key, value, bias, keep, output, highest, sums)
+
+
+def chunked_attention_bwd(residuals: tuple, cotangent: jax.Array) -> tuple:
+    query, key, value, bias, keep, *softmax = residuals
+
+    def row_bwd(query, key, bias, value, output, highest, sums, cotangent):
+        probabilities = jnp.exp(attention_scores(query, key, bias) - highest) / sums
+        weights_grad = jnp.einsum("qhd,khd->hqk", cotangent, value, preferred_element_type=jnp.float32)
+        weights = probabilities
+        if keep is not None:
+            weights, weights_grad = weights * keep, weights_grad * keep
+        mean_grad = jnp.einsum("qhd,qhd->hq", output, cotangent, preferred_element_type=jnp.float32)[..., None]
+        scores_grad = probabilities * (weights_grad - mean_grad)
+        narrow = scores_grad.astype(query.dtype)
+        grads = (
+            jnp.einsum("hqk,khd->qhd", narrow, key, preferred_element_type=jnp.float32),
+            jnp.einsum("hqk,qhd->khd", narrow, query, preferred_element_type=jnp.float32),
+            jnp.einsum("hqk,qhd->khd", weights.astype(value.dtype), cotangent, preferred_element_type=jnp.float32),
+        )
+        return *(grad.astype(query.dtype) for grad in grads), None if bias is None else scores_grad
+
+    *grads, bias_grad = map_rows(row_bwd, query, key, bias, value, *softmax, cotangent)
+    if bias is not None:
+        broadcast = [axis for axis, size in enumerate(bias.shape) if size == 1]
+        bias_grad = bias_grad.sum(broadcast, keepdims=True).astype(bias.dtype)
+    return *grads, bias_grad, None
+
+
+chunked_attention.defvjp(chunked_attention_fwd, chunked_attention_bwd)
 
 
 # ---- Steps ---------------------------------------------------------------------------------------------------------------
@@ -2492,6 +2655,7 @@ def compile_steps(
     """The programs of this run, compiled when first called: (training step, evaluation step, optimizer)."""
     everywhere, per_row, per_micro_batch = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
     model_loss_fn = functools.partial(loss_fn, model=model)
+    model_loss_fn = attention(training_args.attention_implementation, model)(model_loss_fn)
     eval_step_fn = functools.partial(eval_step, loss_fn=model_loss_fn)
     p_eval_step = CompiledStep("evaluation", eval_step_fn, mesh, (everywhere, per_row))
     if not training_args.do_train:
@@ -2580,6 +2744,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with main_process_first():
         config = load_config(model_args)
         tokenizer = load_tokenizer(model_args)
+    check_attention(training_args.attention_implementation, config)
     data_args.adapt_config(config)
     match_config_and_tokenizer(config, tokenizer, model_args)
     collator = Collator(tokenizer, config, data_args, choose_row_length(data_args, config, tokenizer))

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--attention_implementation: the same numbers as transformers' classes give, and one line where that is impossible."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from transformers import (
+    AlbertConfig,
+    BartConfig,
+    BloomConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
+    MistralConfig,
+    RobertaConfig,
+    T5Config,
+)  # fmt: skip
+
+import run_bart_dlm_flax
+import run_clm_flax
+import run_mlm_flax
+import run_t5_mlm_flax
+from tests.test_objectives import SIZES, make_params
+
+RATES = ("attention_probs_dropout_prob", "hidden_dropout_prob", "attn_pdrop", "attention_dropout", "dropout_rate")
+DROPOUT = dict.fromkeys(RATES, 0.1)
+FAMILIES = {
+    "roberta": (run_mlm_flax, RobertaConfig), "albert": (run_mlm_flax, AlbertConfig), "electra": (run_mlm_flax, ElectraConfig),
+    "gpt2": (run_clm_flax, GPT2Config), "gpt_neo": (run_clm_flax, GPTNeoConfig), "bloom": (run_clm_flax, BloomConfig),
+    "mistral": (run_clm_flax, MistralConfig), "gptj": (run_clm_flax, GPTJConfig), "t5": (run_t5_mlm_flax, T5Config),
+    "bart": (run_bart_dlm_flax, BartConfig),
+}  # fmt: skip
+
+
+def compile_losses(module, config, implementations, monkeypatch, dtype=jnp.float32, num_rows=4, length=16, level=0):
+    """(program, weights): loss and gradients by every implementation, with the same dropout, two rows in a chunk."""
+    monkeypatch.setattr(module, "ATTENTION_CHUNK_SCORES", 2 * config.num_attention_heads * length**2)
+    model = module.MODEL_CLASS.from_config(config, dtype=dtype, _do_init=False)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(5, 100, (num_rows, length)).astype(np.int32)
+    mask = np.ones_like(ids)
+    mask[1, 9:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, ::-1]
+    target = jnp.asarray(rng.standard_normal((*ids.shape, config.vocab_size), np.float32) * mask[..., None])
+
+    def loss(params, implementation):
+        with module.attention(implementation, model):
+            logits = model(**inputs, params=params, dropout_rng=jax.random.key(3), train=True)[0]
+        return (jnp.tanh(logits) * target).sum()
+
+    def compute(params):
+        return [jax.value_and_grad(loss)(params, implementation) for implementation in implementations]
+
+    params = make_params(model)
+    options = {"xla_backend_optimization_level": level}
+    return jax.jit(compute, compiler_options=options).lower(params).compile(), params
+
+
+def losses_and_gradients(*args):
+    program, params = compile_losses(*args)
+    return program(params)
+
+
+def assert_close(found, expected, tolerance):
+    (loss, grads), (expected_loss, expected_grads) = found, expected
+    assert float(loss) == pytest.approx(float(expected_loss), rel=tolerance)
+    noise = tolerance / 10 * max(np.abs(grad).max() for grad in jax.tree.leaves(expected_grads))
+    for (path, grad), expected_grad in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True):
+        allowed = tolerance * np.abs(expected_grad).max() + noise
+        np.testing.assert_allclose(grad, expected_grad, rtol=0, atol=allowed, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunked_attention_is_exact(family, monkeypatch):
+    """Loss and all gradients, dropout included, which draws the same mask."""
+    module, config_class = FAMILIES[family]
+    config = config_class(**SIZES | (DROPOUT if family != "mistral" else {}))  # its Flax class draws no dropout
+    plain, chunked, without = losses_and_gradients(module, config, ("eager", "chunked", "auto"), monkeypatch)
+    assert_close(chunked, plain, 2e-5)
+    assert_close(without, chunked, 1e-6)  # auto on a CPU
+
+
+@pytest.mark.parametrize("family", ["roberta", "gpt2", "t5", "bart"])
+def test_jax_nn_attention_is_exact(family, monkeypatch):
+    module, config_class = FAMILIES[family]
+    config = config_class(**SIZES | dict.fromkeys(DROPOUT, 0.0))
+    plain, xla = losses_and_gradients(module, config, ("eager", "xla"), monkeypatch)
+    assert_close(xla, plain, 2e-5)
+
+
+def test_chunked_attention_in_bfloat16(monkeypatch):
+    plain, chunked = losses_and_gradients(
+        run_clm_flax, GPT2Config(**SIZES | DROPOUT), ("eager", "chunked"), monkeypatch, jnp.bfloat16
+    )
+    assert float(chunked[0]) == pytest.approx(float(plain[0]), rel=0.05)
+    for found, expected in zip(jax.tree.leaves(chunked[1]), jax.tree.leaves(plain[1]), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=0.05 * np.abs(expected).max() + 1e-3)
+
+
+def test_chunked_attention_saves_memory(monkeypatch):
+    config = GPT2Config(**SIZES | DROPOUT | {"num_attention_heads": 8, "num_hidden_layers": 3})
+    programs = [
+        compile_losses(run_clm_flax, config, [name], monkeypatch, jnp.float32, 16, 64, 2)[0] for name in ("eager", "chunked")
+    ]
+    eager, chunked = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    assert eager - chunked > 2 * 2 * 4 * 16 * 8 * 64 * 64  # two arrays of all scores for each layer but the one at work
+
+
+def test_the_classes_are_left_as_they_were(monkeypatch):
+    import transformers.models.gpt2.modeling_flax_gpt2 as modeling
+
+    before = modeling.jnp, modeling.dot_product_attention_weights
+    model = run_clm_flax.MODEL_CLASS.from_config(GPT2Config(**SIZES), _do_init=False)
+    with pytest.raises(KeyError), run_clm_flax.attention("chunked", model):
+        assert modeling.jnp is not jnp
+        raise KeyError
+    assert (modeling.jnp, modeling.dot_product_attention_weights) == before == (jnp, before[1])
+
+
+@pytest.mark.parametrize(
+    ("implementation", "message"),
+    [
+        ("xla", "cannot drop attention weights, and the configuration has attn_pdrop=0.1: set it to 0, or use chunked"),
+        ("cudnn", "cannot drop attention weights"),
+        ("flash", "attention_implementation"),
+    ],
+)
+def test_what_it_cannot_do_is_one_line(implementation, message, gpt2_dir, corpus, tmp_path, error_of):
+    source = ["--config_name", gpt2_dir, "--tokenizer_name", gpt2_dir, "--train_file", corpus, "--output_dir", tmp_path / "out"]
+    flags = ["--do_train", "--config_overrides", "attn_pdrop=0.1", "--attention_implementation", implementation]
+    argv = [str(part) for part in (*source, *flags)]
+    assert message in error_of(run_clm_flax.main, argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_attention_of_its_own(refuses):
+    run_mlm_flax.check_attention("auto", DistilBertConfig())
+    with refuses("chunked: distilbert has attention of its own"):
+        run_mlm_flax.check_attention("chunked", DistilBertConfig())
+
+
+def test_cudnn_needs_a_gpu(refuses):
+    model = run_clm_flax.MODEL_CLASS.from_config(GPT2Config(**SIZES), _do_init=False)
+    with refuses("cudnn: is for NVIDIA GPUs, and JAX runs on cpu here"), run_clm_flax.attention("cudnn", model):
+        raise AssertionError
