@@ -66,8 +66,8 @@ test-faults: $(VENV)/development
 
 ## bench: training throughput on this machine's CPU, beside PyTorch's in float32 and bfloat16; half an hour on 2 cores
 bench: $(VENV)/torch
-	for objective in mlm clm t5 bart; do \
-		$(RUN) benchmarks/throughput.py --objective $$objective --peer torch --peer_precision float32 bfloat16 || exit; done
+	for objective in mlm clm t5 bart nsp; do \
+		$(RUN) benchmarks/throughput.py --objective $$objective --peer torch --precision float32 bfloat16 --peer_precision float32 bfloat16 || exit; done
 
 ## bench-vocab-head: training steps against ones with scores for all tokens and the whole vocabulary
 bench-vocab-head: $(VENV)/runtime

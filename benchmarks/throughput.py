@@ -3,7 +3,7 @@
 """Training throughput of a script, and side by side with it that of the same model in PyTorch.
 
     python benchmarks/throughput.py --objective mlm                                            # this script alone
-    python benchmarks/throughput.py --objective mlm --peer torch --peer_precision float32 bfloat16
+    python benchmarks/throughput.py --objective mlm --peer torch --precision float32 bfloat16 --peer_precision float32 bfloat16
     python benchmarks/throughput.py --objective clm --model_size base --precision bfloat16 --peer torch     # for a GPU
 
 Both sides train on the same text (the quick start's, tokenised; a vocabulary of full size, of which it uses the first 8,192
@@ -21,6 +21,7 @@ and attention; the same number for both sides, so that their ratio is that of to
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import functools
 import importlib
@@ -51,11 +52,19 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, PartitionSpec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import BartConfig, GPT2Config, PretrainedConfig, PreTrainedTokenizerFast, RobertaConfig, T5Config
+from transformers import (
+    BartConfig,
+    BertConfig,
+    GPT2Config,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    T5Config,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from quickstart.python_docs_corpus import paragraphs, standard_library_files  # noqa: E402
+from quickstart.python_docs_corpus import documents, standard_library_files  # noqa: E402
 
 
 class Objective(NamedTuple):
@@ -85,7 +94,10 @@ OBJECTIVES = {
     "t5": Objective(
         "run_t5_mlm_flax", T5Config, T5_V1_1, "T5ForConditionalGeneration",
         {
-            "tiny": (8, 512, {"d_model": 256, "num_layers": 4, "num_heads": 4, "d_kv": 64, "d_ff": 1024}),
+            "tiny": (
+                *(8, 512),  # with a vocabulary as large as the others', like that of the Norwegian T5
+                {"vocab_size": 50257, "d_model": 256, "num_layers": 4, "num_heads": 4, "d_kv": 64, "d_ff": 1024},
+            ),
             "base": (32, 512, {"d_model": 768, "num_layers": 12, "num_heads": 12, "d_kv": 64, "d_ff": 2048}),
         },
     ),
@@ -99,13 +111,18 @@ OBJECTIVES = {
             for size, rows, length, width, layers, heads in (("tiny", 8, 512, 256, 4, 4), ("base", 32, 1024, 768, 6, 12))
         },
     ),
+    "nsp": Objective(
+        "run_pretraining_flax", BertConfig, {}, "BertForPreTraining",
+        {"tiny": (16, 128, TINY_ROBERTA), "base": (128, 128, {})},
+    ),
 }  # fmt: skip
 DROPOUT_FIELDS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
     *("dropout_rate", "dropout", "attention_dropout", "activation_dropout"),
 )
 SPECIAL_TOKENS = {
-    "bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"
+    "bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>",
+    "cls_token": "<cls>", "sep_token": "<sep>",
 }  # fmt: skip
 # Dense matrix FLOP/s of a device as JAX counts them (TPU v3: a core), and of float32 where products are rounded to TF32.
 PEAK_FLOPS = {
@@ -124,12 +141,13 @@ PEAK_FLOPS = {
 # ---- Text and model ------------------------------------------------------------------------------------------------------
 
 
-def make_corpus(cache_dir: Path) -> Path:
-    """The quick start's text in one file."""
-    path = cache_dir / "corpus.txt"
+def make_corpus(cache_dir: Path, as_documents: bool = False) -> Path:
+    """The quick start's text in one file: a paragraph a line; as documents, with an empty line between two."""
+    path = cache_dir / ("documents.txt" if as_documents else "corpus.txt")
     if not path.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
-        text = "\n".join(paragraphs(tqdm(standard_library_files(), desc="Reading the standard library", unit="file")))
+        found = documents(tqdm(standard_library_files(), desc="Reading the standard library", unit="file"))
+        text = ("\n\n" if as_documents else "\n").join(map("\n".join, found))
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(text + "\n", "utf-8", errors="replace")
         partial.replace(path)
@@ -138,7 +156,7 @@ def make_corpus(cache_dir: Path) -> Path:
 
 def make_tokenizer(corpus: Path, vocab_size: int = 8192) -> PreTrainedTokenizerFast:
     """Byte-level BPE with every special token that an objective asks for, made from the corpus."""
-    path = corpus.with_name(f"tokenizer-{vocab_size}.json")
+    path = corpus.with_name(f"tokenizer-{vocab_size}-{len(SPECIAL_TOKENS)}.json")
     if not path.exists():
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -186,13 +204,13 @@ class Setup(NamedTuple):
 def set_up(args: argparse.Namespace) -> Setup:
     """Arguments of the script, rows of tokens, and the plan, as main() makes them."""
     script, config = importlib.import_module(OBJECTIVES[args.objective].module), make_config(args)
-    corpus = make_corpus(args.cache_dir)
+    corpus = make_corpus(args.cache_dir, as_documents=args.objective == "nsp")
     flags = {
         "model_type": config.model_type, "tokenizer_name": "none", "train_file": corpus,
         "output_dir": args.cache_dir / "run",
         script.DataTrainingArguments.row_length_flag: args.seq_length, "per_device_train_batch_size": args.batch_size,
-        "dtype": args.precision, "learning_rate": args.learning_rate, "weight_decay": 0.01, "max_steps": 10**9,
-        "lr_scheduler_type": "constant",
+        "attention_implementation": args.attention_implementation, "learning_rate": args.learning_rate, "weight_decay": 0.01,
+        "max_steps": 10**9, "lr_scheduler_type": "constant",
     }  # fmt: skip
     argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     model_args, data_args, training_args = script.parse_arguments([*argv, "--do_train"])
@@ -214,9 +232,10 @@ def set_up(args: argparse.Namespace) -> Setup:
 class OurSide:
     """The training loop of main(), without evaluation, saving and TensorBoard."""
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup, precision: str):
         self.script, (model_args, _, training_args) = setup.script, setup.arguments
-        self.name, self.precision = Path(setup.script.__file__).name, model_args.dtype
+        self.name, self.precision = Path(setup.script.__file__).name, precision
+        model_args = dataclasses.replace(model_args, dtype=precision)
         mesh = Mesh(np.array(jax.devices()), ("data",))
         model, params = setup.script.load_params(setup.config, model_args, training_args, mesh)
         self.weights = jax.tree.map(np.array, params)  # copies: training takes over the buffers
@@ -339,7 +358,8 @@ class TorchSide:
 def peer_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A batch as PyTorch classes take it: int64, labels of -100 where none is; no mask where there is no padding."""
     batch = {name: array[0] for name, array in batch.items() if name != "stop"}
-    arrays = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids") if name in batch}
+    inputs = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
+    arrays = {name: batch[name] for name in inputs if name in batch}
     if batch["attention_mask"].all():
         del arrays["attention_mask"]
     is_label = batch["label_weights"] > 0
@@ -347,6 +367,8 @@ def peer_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         labels = np.full(batch["input_ids"].size, -100)
         labels[batch["label_positions"][is_label]] = batch["labels"][is_label]
         arrays["labels"] = labels.reshape(batch["input_ids"].shape)
+        if "next_sentence_labels" in batch:
+            arrays["next_sentence_label"] = batch["next_sentence_labels"]
     elif "decoder_input_ids" in batch:
         arrays["labels"] = np.where(is_label, batch["labels"], -100)
     else:
@@ -375,6 +397,9 @@ def model_flops_per_row(weights: Any, config: PretrainedConfig, seq_length: int,
         name = "/".join(path)
         cross_keys = re.search(r"(EncDecAttention|encoder_attn)/(k|v)", name)
         if path[-1] == "kernel" and array.ndim == 2:
+            if "pooler" in name or "seq_relationship" in name:  # of one token in a row
+                total += 6 * array.size
+                continue
             in_decoder = name.startswith("lm_head/kernel") or ("decoder" in name and not cross_keys)
             total += 6 * array.size * (target_length if in_decoder and config.is_encoder_decoder else seq_length)
     if config.tie_word_embeddings:
@@ -438,6 +463,7 @@ def measure(sides: list, args: argparse.Namespace) -> list[dict[str, Any]]:
 def loop_overhead(side: OurSide, num_steps: int, num_windows: int) -> dict[str, list[float]]:
     """Percent by which the loop is slower than its compiled step alone, turn by turn: by the clock and in processor time."""
     found: dict[str, list[float]] = {"clock": [], "processor": []}
+    side.window(num_steps)  # the memory that others gave back is taken again
     for _ in tqdm(range(num_windows), desc="Loop overhead", unit="turn"):
         readings = [(time.perf_counter(), time.process_time())]
         for window in (side.window, side.bare_window):
@@ -448,13 +474,18 @@ def loop_overhead(side: OurSide, num_steps: int, num_windows: int) -> dict[str, 
     return found
 
 
+def per_processor_second(figures: dict[str, Any]) -> float:
+    """Tokens per second of processor time: says more than the clock where other programs run."""
+    return statistics.median(r / c for r, c in zip(figures["tokens_per_second"], figures["cores"], strict=True))
+
+
 def resident_growth(args: argparse.Namespace, side: str, precision: str) -> int | None:
     """Run one side alone in a process of its own: by how many bytes did its memory grow, at the highest?"""
     argv = [arg for arg in sys.argv[1:] if arg != "--memory"]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "figures.json"
         argv += ["--side", side, "--num_windows", "1", "--json", str(path)]
-        argv += ["--peer_precision", precision] if side == "torch" else []
+        argv += ["--peer_precision" if side == "torch" else "--precision", precision]
         subprocess.run([sys.executable, __file__, *argv], check=True, stdout=subprocess.DEVNULL)
         return json.loads(path.read_text())["resident_growth"]
 
@@ -499,7 +530,7 @@ def print_table(figures: dict[str, Any]) -> None:
         print(f"{side['first_loss']:13.3f}{side['last_loss']:8.3f}")
     for name, ratios in figures["ratios"].items():
         middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
-        print(f"ratio to PyTorch in {name}, turn by turn: median {middle:.2f}, min {low:.2f}, max {high:.2f}", end="")
+        print(f"ratio of {name}, turn by turn: median {middle:.2f}, min {low:.2f}, max {high:.2f}", end="")
         print(f"; tokens per processor second {figures['processor_ratios'][name]:.2f}")
     for kind, overhead in figures["loop_overhead_percent"].items():
         if overhead:
@@ -512,7 +543,8 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     parser.add_argument("--objective", choices=OBJECTIVES, default="mlm")
     parser.add_argument("--model_size", choices=("tiny", "base"), default="tiny")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--precision", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="of ours")
+    parser.add_argument("--attention_implementation", default="auto", help="of ours, as the scripts' flag")
     parser.add_argument("--peer", choices=("torch",), help="measure PyTorch beside it")
     parser.add_argument("--peer_precision", nargs="+", choices=("float32", "bfloat16"), help="unset: as precision")
     parser.add_argument("--torch_compile", choices=("auto", "on", "off"), default="auto", help="auto: if it is faster")
@@ -530,7 +562,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--cache_dir", type=Path, default=ROOT / "quickstart/build/benchmark", help="text, tokenizer, rows")
     parser.add_argument("--side", choices=("both", "ours", "torch"), default="both", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.peer_precision = args.peer_precision or [args.precision]
+    args.peer_precision = args.peer_precision or args.precision
     if args.peer and not importlib.util.find_spec("torch"):
         print(f"{Path(__file__).name}: error: --peer torch: PyTorch is not installed (make bench does it)", file=sys.stderr)
         raise SystemExit(2)
@@ -554,11 +586,11 @@ def main() -> None:
     args = read_arguments()
     setup = set_up(args)
     env, resident_before = environment(), resident_bytes("VmRSS")
-    ours = OurSide(setup) if args.side != "torch" else None
-    weights = ours and ours.weights
+    ours = [OurSide(setup, precision) for precision in args.precision] if args.side != "torch" else []
+    weights = ours[0].weights if ours else None
     make_peer = functools.partial(TorchSide, setup, args, weights=weights)
     peers = [make_peer(precision) for precision in args.peer_precision] if args.peer and args.side != "ours" else []
-    sides = [*([ours] if ours else []), *peers]
+    sides = [*ours, *peers]
     found = measure(sides, args)
     if args.side != "both":
         growth = resident_bytes("VmHWM") - resident_before if resident_before else None
@@ -572,25 +604,23 @@ def main() -> None:
         figures["flops"] = statistics.median(figures["tokens_per_second"]) / tokens_per_row * row_flops
         peak = peak_flops(env["device"], side.precision)
         figures["utilisation"] = figures["flops"] / (peak * jax.device_count()) if peak else None
-        figures["memory"] = [side.peak_memory() if side is ours or len(peers) == 1 else None, None]
+        figures["memory"] = [side.peak_memory() if side in ours or len(peers) == 1 else None, None]
         if args.memory:
-            figures["memory"][1] = resident_growth(args, "ours" if side is ours else "torch", side.precision)
-    per_core = [[r / c for r, c in zip(f["tokens_per_second"], f["cores"], strict=True)] for f in found]
-    efficiency = [statistics.median(values) for values in per_core]
+            figures["memory"][1] = resident_growth(args, "ours" if side in ours else "torch", side.precision)
+    ratios, processor_ratios = {}, {}
+    for mine in found[: len(ours)]:
+        for other in found[len(ours) :]:
+            name = f"ours in {mine['precision']} to PyTorch in {other['precision']}"
+            pairs = zip(mine["tokens_per_second"], other["tokens_per_second"], strict=True)
+            ratios[name] = [my_rate / other_rate for my_rate, other_rate in pairs]
+            processor_ratios[name] = per_processor_second(mine) / per_processor_second(other)
     result = {
         "model": describe_model(setup, args, sum(a.size for a in jax.tree.leaves(weights)), target_length),
         "environment": env,
         "sides": found,
-        "ratios": {
-            figures["precision"]: [
-                a / b for a, b in zip(found[0]["tokens_per_second"], figures["tokens_per_second"], strict=True)
-            ]
-            for figures in found[1:]
-        },
-        "processor_ratios": {
-            figures["precision"]: efficiency[0] / other for figures, other in zip(found[1:], efficiency[1:], strict=True)
-        },
-        "loop_overhead_percent": loop_overhead(ours, found[0]["steps_per_window"], args.num_overhead_windows),
+        "ratios": ratios,
+        "processor_ratios": processor_ratios,
+        "loop_overhead_percent": loop_overhead(ours[0], found[0]["steps_per_window"], args.num_overhead_windows),
     }
     print_table(result)
     if args.json:
