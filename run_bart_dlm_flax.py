@@ -74,9 +74,14 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BartConfig,
+    BlenderbotConfig,
+    BlenderbotSmallConfig,
     FlaxAutoModelForSeq2SeqLM,
     FlaxPreTrainedModel,
     HfArgumentParser,
+    MarianConfig,
+    MBartConfig,
+    PegasusConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -262,8 +267,8 @@ class DataArguments:
     def check(self, model_args: ModelArguments) -> None:
         """Refuse impossible settings of the objective before anything is loaded."""
 
-    def adapt_config(self, config: PretrainedConfig) -> None:
-        """Set what the objective needs of the model's configuration."""
+    def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
+        """Set what the objective, or its rows of that many tokens, need of the model's configuration."""
 
     def text_loader_options(self) -> dict[str, Any]:
         """Options for reading txt files."""
@@ -321,6 +326,11 @@ class DataTrainingArguments(DataArguments):
             fail("--no_use_fast_tokenizer: sentences are found by the fast tokenizer's character offsets; drop that flag")
         if self.train_ref_file or self.validation_ref_file:
             logger.warning("--train_ref_file and --validation_ref_file have no effect: spans of noise ignore words.")
+
+    def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
+        """Refuse what the Flax classes would silently leave out."""
+        if not getattr(config, "share_encoder_decoder_embeddings", True):
+            fail("share_encoder_decoder_embeddings=False: Marian's Flax class has one vocabulary for both sides")
 
 
 # sentencex 1.0.32 panics at "plan A\u00a0. So": it takes any white space for one byte. One for one, offsets stay.
@@ -578,7 +588,12 @@ def choose(uniforms_NT: np.ndarray, num_items_N: np.ndarray, num_chosen_N: np.nd
     return item_S[in_number], number_S[in_number]
 
 
-MODEL_CLASS, FLAX_MODELS = FlaxAutoModelForSeq2SeqLM, {BartConfig: FLAX_MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[BartConfig]}
+# BART, and the families that are built and called like it.
+BART_CLASSES = {
+    config: FLAX_MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[config]
+    for config in (BartConfig, MBartConfig, BlenderbotConfig, BlenderbotSmallConfig, MarianConfig, PegasusConfig)
+}
+MODEL_CLASS, FLAX_MODELS = FlaxAutoModelForSeq2SeqLM, BART_CLASSES
 
 
 # The module that turns hidden states into scores of the vocabulary, by the name it has in the Flax classes.
@@ -731,7 +746,11 @@ def attention(implementation: str, model: FlaxPreTrainedModel) -> Iterator[None]
         yield
         return
 
+    originals = {name: getattr(modeling, name) for name in ("dot_product_attention_weights", "jnp")}
+
     def make_weights(query, key, **options):
+        if query.ndim != 4:  # of blocks, as in LongT5
+            return originals["dot_product_attention_weights"](query, key, **options)
         return AttentionWeights(query, key, options)
 
     def einsum(subscripts, *operands, **options):
@@ -741,7 +760,6 @@ def attention(implementation: str, model: FlaxPreTrainedModel) -> Iterator[None]
             return operands[0]
         return attend(*operands, implementation)
 
-    originals = {name: getattr(modeling, name) for name in ("dot_product_attention_weights", "jnp")}
     modeling.dot_product_attention_weights = make_weights
     modeling.jnp = types.SimpleNamespace(**vars(jnp) | {"einsum": einsum})
     try:
@@ -1282,7 +1300,10 @@ def load_config(model_args: ModelArguments) -> PretrainedConfig:
         fail(f"{flag} {source}: no configuration can be loaded: there is no config.json in it")
     if source is None:
         logger.warning("Fresh weights in the default configuration of %s.", model_args.model_type)
-        config = CONFIG_MAPPING[model_args.model_type]()
+        try:
+            config = CONFIG_MAPPING[model_args.model_type]()
+        except ValueError:  # encoder-decoder and the like are made of two other models
+            fail(f"--model_type {model_args.model_type}: has no default configuration; {supported_model_types()}")
     else:
         options = {"cache_dir": model_args.cache_dir, "token": model_args.token, "revision": model_args.model_revision}
         try:
@@ -2720,8 +2741,11 @@ def pytorch_state_dict(params) -> dict[str, np.ndarray]:
             array = array.T
         leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
         state[".".join((*module_path, leaf))] = np.ascontiguousarray(array)
-    if {"model.shared.weight", "lm_head.weight"} <= state.keys():  # BART with a head of its own has three tables there
-        state |= {f"model.{side}.embed_tokens.weight": state["model.shared.weight"] for side in ("encoder", "decoder")}
+    # Families like BART, and LongT5, have three tables in PyTorch where the head has one of its own.
+    prefix = "" if any("LocalSelfAttention" in name or "TransientGlobalSelfAttention" in name for name in state) else "model."
+    if {f"{prefix}shared.weight", "lm_head.weight"} <= state.keys():
+        table = state[f"{prefix}shared.weight"]
+        state |= {f"{prefix}{side}.embed_tokens.weight": table for side in ("encoder", "decoder")}
     return state
 
 
@@ -2869,9 +2893,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         config = load_config(model_args)
         tokenizer = load_tokenizer(model_args)
     check_attention(training_args.attention_implementation, config)
-    data_args.adapt_config(config)
     match_config_and_tokenizer(config, tokenizer, model_args)
-    collator = Collator(tokenizer, config, data_args, choose_row_length(data_args, config, tokenizer))
+    row_length = choose_row_length(data_args, config, tokenizer)
+    data_args.adapt_config(config, row_length)
+    collator = Collator(tokenizer, config, data_args, row_length)
     stream, rows = prepare_data(data_args, model_args, training_args, tokenizer, collator)
     num_rows = {split: len(columns["input_ids"]) for split, columns in rows.items()}
 

@@ -259,8 +259,8 @@ class DataArguments:
     def check(self, model_args: ModelArguments) -> None:
         """Refuse impossible settings of the objective before anything is loaded."""
 
-    def adapt_config(self, config: PretrainedConfig) -> None:
-        """Set what the objective needs of the model's configuration."""
+    def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
+        """Set what the objective, or its rows of that many tokens, need of the model's configuration."""
 
     def text_loader_options(self) -> dict[str, Any]:
         """Options for reading txt files."""
@@ -293,10 +293,12 @@ class DataTrainingArguments(DataArguments):
         default=False, metadata={"help": "End every text with the end-of-sequence token, if the tokenizer does not anyway."}
     )
 
-    def adapt_config(self, config: PretrainedConfig) -> None:
+    def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
         """Classes that are encoders by default look at both sides of a token unless told otherwise."""
         if config.model_type in ENCODERS:
             config.is_decoder = True
+        if config.model_type == "big_bird":
+            config.attention_type = "original_full"  # sparse attention, its default, has no causal mask
 
     def text_loader_options(self) -> dict[str, Any]:
         """Options for reading txt files."""
@@ -542,7 +544,11 @@ def attention(implementation: str, model: FlaxPreTrainedModel) -> Iterator[None]
         yield
         return
 
+    originals = {name: getattr(modeling, name) for name in ("dot_product_attention_weights", "jnp")}
+
     def make_weights(query, key, **options):
+        if query.ndim != 4:  # of blocks, as in LongT5
+            return originals["dot_product_attention_weights"](query, key, **options)
         return AttentionWeights(query, key, options)
 
     def einsum(subscripts, *operands, **options):
@@ -552,7 +558,6 @@ def attention(implementation: str, model: FlaxPreTrainedModel) -> Iterator[None]
             return operands[0]
         return attend(*operands, implementation)
 
-    originals = {name: getattr(modeling, name) for name in ("dot_product_attention_weights", "jnp")}
     modeling.dot_product_attention_weights = make_weights
     modeling.jnp = types.SimpleNamespace(**vars(jnp) | {"einsum": einsum})
     try:
@@ -1093,7 +1098,10 @@ def load_config(model_args: ModelArguments) -> PretrainedConfig:
         fail(f"{flag} {source}: no configuration can be loaded: there is no config.json in it")
     if source is None:
         logger.warning("Fresh weights in the default configuration of %s.", model_args.model_type)
-        config = CONFIG_MAPPING[model_args.model_type]()
+        try:
+            config = CONFIG_MAPPING[model_args.model_type]()
+        except ValueError:  # encoder-decoder and the like are made of two other models
+            fail(f"--model_type {model_args.model_type}: has no default configuration; {supported_model_types()}")
     else:
         options = {"cache_dir": model_args.cache_dir, "token": model_args.token, "revision": model_args.model_revision}
         try:
@@ -2531,8 +2539,11 @@ def pytorch_state_dict(params) -> dict[str, np.ndarray]:
             array = array.T
         leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
         state[".".join((*module_path, leaf))] = np.ascontiguousarray(array)
-    if {"model.shared.weight", "lm_head.weight"} <= state.keys():  # BART with a head of its own has three tables there
-        state |= {f"model.{side}.embed_tokens.weight": state["model.shared.weight"] for side in ("encoder", "decoder")}
+    # Families like BART, and LongT5, have three tables in PyTorch where the head has one of its own.
+    prefix = "" if any("LocalSelfAttention" in name or "TransientGlobalSelfAttention" in name for name in state) else "model."
+    if {f"{prefix}shared.weight", "lm_head.weight"} <= state.keys():
+        table = state[f"{prefix}shared.weight"]
+        state |= {f"{prefix}{side}.embed_tokens.weight": table for side in ("encoder", "decoder")}
     return state
 
 
@@ -2680,9 +2691,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         config = load_config(model_args)
         tokenizer = load_tokenizer(model_args)
     check_attention(training_args.attention_implementation, config)
-    data_args.adapt_config(config)
     match_config_and_tokenizer(config, tokenizer, model_args)
-    collator = Collator(tokenizer, config, data_args, choose_row_length(data_args, config, tokenizer))
+    row_length = choose_row_length(data_args, config, tokenizer)
+    data_args.adapt_config(config, row_length)
+    collator = Collator(tokenizer, config, data_args, row_length)
     stream, rows = prepare_data(data_args, model_args, training_args, tokenizer, collator)
     num_rows = {split: len(columns["input_ids"]) for split, columns in rows.items()}
 

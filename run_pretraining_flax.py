@@ -261,8 +261,8 @@ class DataArguments:
     def check(self, model_args: ModelArguments) -> None:
         """Refuse impossible settings of the objective before anything is loaded."""
 
-    def adapt_config(self, config: PretrainedConfig) -> None:
-        """Set what the objective needs of the model's configuration."""
+    def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
+        """Set what the objective, or its rows of that many tokens, need of the model's configuration."""
 
     def text_loader_options(self) -> dict[str, Any]:
         """Options for reading txt files."""
@@ -333,6 +333,10 @@ class DataTrainingArguments(DataArguments):
         if self.use_auth_token:
             logger.warning("--use_auth_token has no effect: the token of `hf auth login` is used anyway.")
 
+    def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
+        """Rows must fit the attention."""
+        fit_sparse_attention(config, row_length, self.pad_to_max_length)
+
     def text_loader_options(self) -> dict[str, Any]:
         """Documents are divided by blank lines."""
         return {} if self.line_by_line else {"sample_by": "paragraph"}
@@ -348,6 +352,23 @@ class DataTrainingArguments(DataArguments):
             remedy = "" if self.line_by_line else ", divided by blank lines in a txt file (or --line_by_line)"
             fail(f"the data is one document, in which no sentence is from another: give several{remedy}")
         return super().source_column(dataset, collator)
+
+
+def fit_sparse_attention(config: PretrainedConfig, row_length: int, is_padded: bool) -> None:
+    """BigBird's sparse attention takes whole blocks; rows too short for it get full attention, as PyTorch gives them.
+
+    `is_padded`: are all rows of that length, rather than of the longest text's?
+    """
+    if config.model_type != "big_bird" or config.attention_type != "block_sparse":
+        return
+    longest_full = (5 + 2 * config.num_random_blocks) * config.block_size
+    if row_length <= longest_full:
+        config.attention_type = "original_full"
+        logger.info("attention_type=original_full: sparse attention is for rows of more than %d tokens.", longest_full)
+    elif row_length % config.block_size:
+        fail(f"--max_seq_length {row_length}: sparse attention takes multiples of {config.block_size} tokens")
+    elif not is_padded:
+        fail(f"--max_seq_length {row_length}: sparse attention takes whole rows; add --pad_to_max_length")
 
 
 def check_pairs(dataset: datasets.Dataset, collator: "Collator") -> None:
@@ -655,6 +676,8 @@ def loss_fn(
     """
     with labelled_positions_only(batch["label_positions"]):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+        if model.config.model_type == "big_bird" and train:
+            inputs["indices_rng"] = jax.random.fold_in(dropout_rng, 1)  # for the blocks that its sparse attention draws
         logits_1KV, logits_B2 = model(**inputs, params=params, dropout_rng=dropout_rng, train=train)[:2]
     loss, correct = weighted_cross_entropy(logits_1KV[0], batch["labels"], batch["label_weights"])
     weights_B = batch["next_sentence_weights"]
@@ -722,7 +745,11 @@ def attention(implementation: str, model: FlaxPreTrainedModel) -> Iterator[None]
         yield
         return
 
+    originals = {name: getattr(modeling, name) for name in ("dot_product_attention_weights", "jnp")}
+
     def make_weights(query, key, **options):
+        if query.ndim != 4:  # of blocks, as in LongT5
+            return originals["dot_product_attention_weights"](query, key, **options)
         return AttentionWeights(query, key, options)
 
     def einsum(subscripts, *operands, **options):
@@ -732,7 +759,6 @@ def attention(implementation: str, model: FlaxPreTrainedModel) -> Iterator[None]
             return operands[0]
         return attend(*operands, implementation)
 
-    originals = {name: getattr(modeling, name) for name in ("dot_product_attention_weights", "jnp")}
     modeling.dot_product_attention_weights = make_weights
     modeling.jnp = types.SimpleNamespace(**vars(jnp) | {"einsum": einsum})
     try:
@@ -1282,7 +1308,10 @@ def load_config(model_args: ModelArguments) -> PretrainedConfig:
         fail(f"{flag} {source}: no configuration can be loaded: there is no config.json in it")
     if source is None:
         logger.warning("Fresh weights in the default configuration of %s.", model_args.model_type)
-        config = CONFIG_MAPPING[model_args.model_type]()
+        try:
+            config = CONFIG_MAPPING[model_args.model_type]()
+        except ValueError:  # encoder-decoder and the like are made of two other models
+            fail(f"--model_type {model_args.model_type}: has no default configuration; {supported_model_types()}")
     else:
         options = {"cache_dir": model_args.cache_dir, "token": model_args.token, "revision": model_args.model_revision}
         try:
@@ -2720,8 +2749,11 @@ def pytorch_state_dict(params) -> dict[str, np.ndarray]:
             array = array.T
         leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
         state[".".join((*module_path, leaf))] = np.ascontiguousarray(array)
-    if {"model.shared.weight", "lm_head.weight"} <= state.keys():  # BART with a head of its own has three tables there
-        state |= {f"model.{side}.embed_tokens.weight": state["model.shared.weight"] for side in ("encoder", "decoder")}
+    # Families like BART, and LongT5, have three tables in PyTorch where the head has one of its own.
+    prefix = "" if any("LocalSelfAttention" in name or "TransientGlobalSelfAttention" in name for name in state) else "model."
+    if {f"{prefix}shared.weight", "lm_head.weight"} <= state.keys():
+        table = state[f"{prefix}shared.weight"]
+        state |= {f"{prefix}{side}.embed_tokens.weight": table for side in ("encoder", "decoder")}
     return state
 
 
@@ -2869,9 +2901,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         config = load_config(model_args)
         tokenizer = load_tokenizer(model_args)
     check_attention(training_args.attention_implementation, config)
-    data_args.adapt_config(config)
     match_config_and_tokenizer(config, tokenizer, model_args)
-    collator = Collator(tokenizer, config, data_args, choose_row_length(data_args, config, tokenizer))
+    row_length = choose_row_length(data_args, config, tokenizer)
+    data_args.adapt_config(config, row_length)
+    collator = Collator(tokenizer, config, data_args, row_length)
     stream, rows = prepare_data(data_args, model_args, training_args, tokenizer, collator)
     num_rows = {split: len(columns["input_ids"]) for split, columns in rows.items()}
 

@@ -76,12 +76,18 @@ from transformers import (
     FlaxAutoModelForSeq2SeqLM,
     FlaxPreTrainedModel,
     HfArgumentParser,
+    LongT5Config,
     MT5Config,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     T5Config,
 )
 from transformers.models.gpt2.modeling_flax_gpt2 import FlaxConv1D
+from transformers.models.longt5.modeling_flax_longt5 import (
+    FlaxLongT5Attention,
+    FlaxLongT5LocalAttention,
+    FlaxLongT5TransientGlobalAttention,
+)
 from transformers.models.t5.modeling_flax_t5 import FlaxT5Attention
 
 logger = logging.getLogger(__name__)
@@ -265,8 +271,8 @@ class DataArguments:
     def check(self, model_args: ModelArguments) -> None:
         """Refuse impossible settings of the objective before anything is loaded."""
 
-    def adapt_config(self, config: PretrainedConfig) -> None:
-        """Set what the objective needs of the model's configuration."""
+    def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
+        """Set what the objective, or its rows of that many tokens, need of the model's configuration."""
 
     def text_loader_options(self) -> dict[str, Any]:
         """Options for reading txt files."""
@@ -540,7 +546,7 @@ def find_sentinel_ids(tokenizer: PreTrainedTokenizerBase, num_sentinels: int, se
     return np.array([vocab[name] for name in names], np.int32)
 
 
-T5_CLASSES = {config: FLAX_MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[config] for config in (T5Config, MT5Config)}
+T5_CLASSES = {config: FLAX_MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[config] for config in (T5Config, MT5Config, LongT5Config)}
 MODEL_CLASS, FLAX_MODELS = FlaxAutoModelForSeq2SeqLM, T5_CLASSES
 
 
@@ -551,6 +557,7 @@ def relative_position_bucket(
 
     Half of a direction's buckets are for one distance each, the others grow like a logarithm up to `max_distance`.
     """
+    relative_position = relative_position.astype(jnp.int32)  # LongT5 counts its blocks in whole floats
     num_buckets = num_buckets // 2 if bidirectional else num_buckets
     distance = jnp.abs(relative_position) if bidirectional else jnp.maximum(-relative_position, 0)
     num_exact = num_buckets // 2
@@ -561,7 +568,8 @@ def relative_position_bucket(
 
 
 # transformers 4.57.6 calls jnp.clip with a_max, which jax no longer has. This can go when a release of 4.x calls it with max.
-FlaxT5Attention._relative_position_bucket = staticmethod(relative_position_bucket)
+for attention in (FlaxT5Attention, FlaxLongT5Attention, FlaxLongT5LocalAttention, FlaxLongT5TransientGlobalAttention):
+    attention._relative_position_bucket = staticmethod(relative_position_bucket)
 
 
 # The module that turns hidden states into scores of the vocabulary, by the name it has in the Flax classes.
@@ -714,7 +722,11 @@ def attention(implementation: str, model: FlaxPreTrainedModel) -> Iterator[None]
         yield
         return
 
+    originals = {name: getattr(modeling, name) for name in ("dot_product_attention_weights", "jnp")}
+
     def make_weights(query, key, **options):
+        if query.ndim != 4:  # of blocks, as in LongT5
+            return originals["dot_product_attention_weights"](query, key, **options)
         return AttentionWeights(query, key, options)
 
     def einsum(subscripts, *operands, **options):
@@ -724,7 +736,6 @@ def attention(implementation: str, model: FlaxPreTrainedModel) -> Iterator[None]
             return operands[0]
         return attend(*operands, implementation)
 
-    originals = {name: getattr(modeling, name) for name in ("dot_product_attention_weights", "jnp")}
     modeling.dot_product_attention_weights = make_weights
     modeling.jnp = types.SimpleNamespace(**vars(jnp) | {"einsum": einsum})
     try:
@@ -1265,7 +1276,10 @@ def load_config(model_args: ModelArguments) -> PretrainedConfig:
         fail(f"{flag} {source}: no configuration can be loaded: there is no config.json in it")
     if source is None:
         logger.warning("Fresh weights in the default configuration of %s.", model_args.model_type)
-        config = CONFIG_MAPPING[model_args.model_type]()
+        try:
+            config = CONFIG_MAPPING[model_args.model_type]()
+        except ValueError:  # encoder-decoder and the like are made of two other models
+            fail(f"--model_type {model_args.model_type}: has no default configuration; {supported_model_types()}")
     else:
         options = {"cache_dir": model_args.cache_dir, "token": model_args.token, "revision": model_args.model_revision}
         try:
@@ -2703,8 +2717,11 @@ def pytorch_state_dict(params) -> dict[str, np.ndarray]:
             array = array.T
         leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
         state[".".join((*module_path, leaf))] = np.ascontiguousarray(array)
-    if {"model.shared.weight", "lm_head.weight"} <= state.keys():  # BART with a head of its own has three tables there
-        state |= {f"model.{side}.embed_tokens.weight": state["model.shared.weight"] for side in ("encoder", "decoder")}
+    # Families like BART, and LongT5, have three tables in PyTorch where the head has one of its own.
+    prefix = "" if any("LocalSelfAttention" in name or "TransientGlobalSelfAttention" in name for name in state) else "model."
+    if {f"{prefix}shared.weight", "lm_head.weight"} <= state.keys():
+        table = state[f"{prefix}shared.weight"]
+        state |= {f"{prefix}{side}.embed_tokens.weight": table for side in ("encoder", "decoder")}
     return state
 
 
@@ -2852,9 +2869,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         config = load_config(model_args)
         tokenizer = load_tokenizer(model_args)
     check_attention(training_args.attention_implementation, config)
-    data_args.adapt_config(config)
     match_config_and_tokenizer(config, tokenizer, model_args)
-    collator = Collator(tokenizer, config, data_args, choose_row_length(data_args, config, tokenizer))
+    row_length = choose_row_length(data_args, config, tokenizer)
+    data_args.adapt_config(config, row_length)
+    collator = Collator(tokenizer, config, data_args, row_length)
     stream, rows = prepare_data(data_args, model_args, training_args, tokenizer, collator)
     num_rows = {split: len(columns["input_ids"]) for split, columns in rows.items()}
 

@@ -215,9 +215,10 @@ def set_up(args: argparse.Namespace) -> Setup:
     argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     model_args, data_args, training_args = script.parse_arguments([*argv, "--do_train"])
     tokenizer = make_tokenizer(corpus)
-    data_args.adapt_config(config)
     script.match_config_and_tokenizer(config, tokenizer, model_args)
-    collator = script.Collator(tokenizer, config, data_args, script.choose_row_length(data_args, config, tokenizer))
+    row_length = script.choose_row_length(data_args, config, tokenizer)
+    data_args.adapt_config(config, row_length)
+    collator = script.Collator(tokenizer, config, data_args, row_length)
     cache_dir = str(args.cache_dir / "datasets")
     raw_datasets = {"train": script.load_text_file(str(corpus), "train", data_args, cache_dir)}
     rows = script.tokenize_and_group(raw_datasets, tokenizer, collator, data_args, cache_dir)["train"]

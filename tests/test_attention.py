@@ -14,6 +14,7 @@ from transformers import (
     GPT2Config,
     GPTJConfig,
     GPTNeoConfig,
+    LongT5Config,
     MistralConfig,
     RobertaConfig,
     T5Config,
@@ -31,7 +32,7 @@ FAMILIES = {
     "roberta": (run_mlm_flax, RobertaConfig), "albert": (run_mlm_flax, AlbertConfig), "electra": (run_mlm_flax, ElectraConfig),
     "gpt2": (run_clm_flax, GPT2Config), "gpt_neo": (run_clm_flax, GPTNeoConfig), "bloom": (run_clm_flax, BloomConfig),
     "mistral": (run_clm_flax, MistralConfig), "gptj": (run_clm_flax, GPTJConfig), "t5": (run_t5_mlm_flax, T5Config),
-    "bart": (run_bart_dlm_flax, BartConfig),
+    "bart": (run_bart_dlm_flax, BartConfig), "longt5": (run_t5_mlm_flax, LongT5Config),
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from transformers import BertConfig, RobertaConfig
+from transformers import BertConfig, BigBirdConfig, RobertaConfig
 
 import run_mlm_flax as script
 from tests.conftest import TINY
@@ -173,6 +173,29 @@ def test_gradient_checkpointing_where_it_is_not_implemented(mistake, flags):
     overrides = "embedding_size=16,hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=64,vocab_size=512"
     line = mistake(*flags[2:], "--model_type", "albert", "--config_overrides", overrides, "--gradient_checkpointing")
     assert "--gradient_checkpointing: not implemented for albert, only for bert, big_bird, electra, roberta" in line
+
+
+@pytest.mark.parametrize(
+    ("row_flags", "expected"),
+    [
+        (["--max_seq_length", 31], "--max_seq_length 31: sparse attention takes multiples of 4 tokens"),
+        (["--line_by_line"], "--max_seq_length 32: sparse attention takes whole rows; add --pad_to_max_length"),
+    ],
+)
+def test_rows_that_do_not_fit_sparse_attention(mistake, flags, row_flags, expected):
+    overrides = "vocab_size=512,block_size=4,num_random_blocks=1"
+    assert expected in mistake(*flags[2:], "--model_type", "big_bird", "--config_overrides", overrides, *row_flags)
+
+
+def test_rows_too_short_for_sparse_attention(monkeypatch):
+    """Full attention, as PyTorch gives them, and a line that says so."""
+    messages = []
+    monkeypatch.setattr(script.logger, "info", lambda message, *args: messages.append(message % args))
+    config = BigBirdConfig(block_size=4, num_random_blocks=1)
+    for row_length, attention_type in ((32, "block_sparse"), (28, "original_full"), (27, "original_full")):
+        script.DataTrainingArguments().adapt_config(config, row_length)
+        assert config.attention_type == attention_type
+    assert messages == ["attention_type=original_full: sparse attention is for rows of more than 28 tokens."]
 
 
 def test_references_that_do_not_match(mistake, flags, bert_dir, tmp_path):

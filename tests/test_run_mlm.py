@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from transformers import AutoTokenizer, FlaxAutoModelForMaskedLM
 
 import run_mlm_flax as script
-from tests.conftest import ROOT, TINY
+from tests.conftest import BART_SIDE, ROOT, TINY
 
 
 def run(output_dir, model_dir, *flags, **kwargs) -> dict:
@@ -165,13 +165,26 @@ def test_evaluation_does_not_depend_on_the_batch_size(roberta_dir, corpus, tmp_p
     assert results[0] == pytest.approx(results[2], rel=1e-6)
 
 
-@pytest.mark.parametrize("model_type", ["roberta", "bert", "albert", "distilbert", "electra"])
+MODEL_TYPES = [config_class.model_type for config_class in script.FLAX_MODELS]
+
+
+def tiny_config(model_type: str, **more) -> script.PretrainedConfig:
+    """Two layers, 32 wide, without dropout; for rows of 32 tokens, of which BigBird's attention is sparse."""
+    sizes = TINY | {"block_size": 4, "num_random_blocks": 1} | {"embedding_size": 16, "max_position_embeddings": 66}
+    sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "d_model": 32, "dropout": 0.0, "attention_dropout": 0.0}
+    sizes |= {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in BART_SIDE.items()}
+    config = script.CONFIG_MAPPING[model_type](**sizes | more)
+    script.DataTrainingArguments().adapt_config(config, 32)
+    assert getattr(config, "attention_type", "block_sparse") == "block_sparse"
+    return config
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_loss_equals_the_plain_computation(model_type, byte_level_tokenizer):
     """Loss and gradients at labelled positions = cross-entropy of the model's own full logits, id 0 and padding rows
     included (defects 25, 28); also where hidden, intermediate and vocabulary sizes coincide."""
-    sizes = TINY | {"intermediate_size": 512, "vocab_size": 512, "embedding_size": 16, "max_position_embeddings": 66}
-    sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 512, "dropout": 0.0, "attention_dropout": 0.0}
-    config = script.CONFIG_MAPPING[model_type](**sizes)
+    sizes = {"intermediate_size": 512, "hidden_dim": 512, "encoder_ffn_dim": 512, "decoder_ffn_dim": 512, "vocab_size": 512}
+    config = tiny_config(model_type, **sizes)
     model = FlaxAutoModelForMaskedLM.from_config(config, seed=1)
     collator = script.Collator(byte_level_tokenizer, config, script.DataTrainingArguments(), 32)
     ids = np.random.default_rng(0).integers(5, 509, (6, 32)).astype(np.int32)
@@ -199,12 +212,10 @@ def test_loss_equals_the_plain_computation(model_type, byte_level_tokenizer):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", ["roberta", "bert", "albert", "distilbert", "electra"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_no_scores_at_unlabelled_positions(model_type, byte_level_tokenizer):
     """Nothing of the shape [rows, tokens, vocabulary] in the program (defect 100)."""
-    config = script.CONFIG_MAPPING[model_type](
-        **TINY | {"vocab_size": 509, "max_position_embeddings": 66, "dim": 32, "n_heads": 2}
-    )
+    config = tiny_config(model_type, vocab_size=509, num_hidden_layers=1, n_layers=1)
     model = FlaxAutoModelForMaskedLM.from_config(config, seed=1)
     batch = {"input_ids": np.ones((4, 32), np.int32), "attention_mask": np.ones((4, 32), np.int32)}
     batch |= {"label_positions": np.arange(7), "labels": np.arange(7), "label_weights": np.ones(7, np.float32)}

@@ -8,18 +8,22 @@ from types import ModuleType
 import jax
 import numpy as np
 import pytest
-from transformers import BartConfig, MistralConfig, MT5Config, PretrainedConfig, T5Config
+from transformers import LongT5Config, MistralConfig, MT5Config, PretrainedConfig, T5Config
 
 import run_bart_dlm_flax
 import run_clm_flax
 import run_mlm_flax
+import run_pretraining_flax
 import run_t5_mlm_flax
-from tests.conftest import TINY
+from tests.conftest import BART_SIDE, TINY
 
 pytestmark = pytest.mark.torch
 
 # Where Flax has no weights: sinusoids, which PyTorch computes, and a layer that has no part in the scores.
-NOT_IN_FLAX = {"roformer.encoder.embed_positions.weight", "bert.pooler.weight", "bert.pooler.bias"}
+NOT_IN_FLAX = {
+    "roformer.encoder.embed_positions.weight", "model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight",
+    "bert.pooler.weight", "bert.pooler.bias",
+}  # fmt: skip
 
 
 def load_in_pytorch(directory: Path, auto_class_name: str):
@@ -45,12 +49,13 @@ def assert_same_scores(torch_model, flax_scores, mask, **inputs) -> None:
     assert np.abs(flax_scores).max() > 0.5  # the weights did come along
 
 
-@pytest.mark.parametrize("model_type", ["roberta", "bert", "albert", "distilbert", "roformer", "xlm-roberta"])
+@pytest.mark.parametrize("model_type", [config_class.model_type for config_class in run_mlm_flax.FLAX_MODELS])
 def test_masked_language_models(model_type, byte_level_tokenizer, corpus, tmp_path):
     """A short run's model.safetensors."""
     byte_level_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    sizes = TINY | {"vocab_size": 512, "max_position_embeddings": 66, "embedding_size": 32}
-    sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+    sizes = TINY | {"vocab_size": 512, "max_position_embeddings": 66, "block_size": 4, "num_random_blocks": 1}
+    sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "d_model": 32, "embedding_size": 16}
+    sizes |= {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in BART_SIDE.items()}
     known = run_mlm_flax.CONFIG_MAPPING[model_type]().to_dict()
     overrides = ",".join(f"{name}={value}" for name, value in sizes.items() if name in known)
     run_mlm_flax.main(
@@ -64,10 +69,13 @@ def test_masked_language_models(model_type, byte_level_tokenizer, corpus, tmp_pa
     flax_model = run_mlm_flax.MODEL_CLASS.from_pretrained(tmp_path / "flax")
     torch_model = load_in_pytorch(tmp_path / "out", "AutoModelForMaskedLM")
 
-    ids = np.random.default_rng(0).integers(5, 509, (3, 24))
+    ids = np.random.default_rng(0).integers(5, 509, (3, 32))
     mask = np.ones_like(ids)
     ids[2, 17:], mask[2, 17:] = byte_level_tokenizer.pad_token_id, 0
-    assert_same_scores(torch_model, flax_model(ids, mask)[0], mask, input_ids=ids, attention_mask=mask)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if model_type == "electra":  # PyTorch's default, and what is trained with, but not Flax's default
+        inputs["token_type_ids"] = np.zeros_like(ids)
+    assert_same_scores(torch_model, flax_model(**inputs)[0], mask, **inputs)
 
 
 # Rows of 80 tokens, as T5's positions and the local attention of GPT-Neo and Mistral differ from others in long rows only.
@@ -78,8 +86,8 @@ SIZES = {
     "n_positions": 96, "rotary_dim": 4, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 4, "ffn_dim": 48,
     "attention_heads": 4, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_layers": 2,
     "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "embedding_size": 16, "word_embed_proj_dim": 32, "seq_length": 96,
-    "attention_types": [[["global", "local"], 1]], "window_size": 20, "attention_type": "original_full",
-    "decoder_start_token_id": 0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "attention_types": [[["global", "local"], 1]], "window_size": 20, "decoder_start_token_id": 0, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
 
@@ -108,7 +116,7 @@ CAUSAL |= {f"Mistral, window of {size}": (MistralConfig, {"sliding_window": size
 @pytest.mark.parametrize(("config_class", "more"), CAUSAL.values(), ids=CAUSAL)
 def test_causal_models(config_class, more, tmp_path):
     config = config_class(**SIZES, **more)
-    run_clm_flax.DataTrainingArguments().adapt_config(config)
+    run_clm_flax.DataTrainingArguments().adapt_config(config, LENGTH)
     flax_model = save_random_model(run_clm_flax, config, tmp_path)
     inputs = make_inputs()
     if config.model_type == "electra":  # PyTorch's default, and what is trained with, but not Flax's default
@@ -117,17 +125,24 @@ def test_causal_models(config_class, more, tmp_path):
     assert_same_scores(load_in_pytorch(tmp_path, "AutoModelForCausalLM"), scores, inputs["attention_mask"], **inputs)
 
 
-@pytest.mark.parametrize(
-    ("module", "config_class", "more"),
-    [
-        (run_t5_mlm_flax, T5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
-        (run_t5_mlm_flax, T5Config, {}),
-        (run_t5_mlm_flax, MT5Config, {}),
-        (run_bart_dlm_flax, BartConfig, {}),
-        (run_bart_dlm_flax, BartConfig, {"tie_word_embeddings": False}),
-    ],
-    ids=["t5 v1.1", "t5", "mt5", "bart", "bart untied"],
-)
+UNTIED = {"tie_word_embeddings": False}
+ENCODER_DECODERS = {
+    "t5 v1.1": (run_t5_mlm_flax, T5Config, {"feed_forward_proj": "gated-gelu"} | UNTIED),
+    "t5": (run_t5_mlm_flax, T5Config, {}),
+    "mt5": (run_t5_mlm_flax, MT5Config, {}),
+    "longt5": (run_t5_mlm_flax, LongT5Config, {"local_radius": 11} | UNTIED),
+    "longt5, transient-global": (
+        run_t5_mlm_flax,
+        LongT5Config,
+        {"local_radius": 11, "global_block_size": 8, "encoder_attention_type": "transient-global"},
+    ),
+}
+for bart_config in run_bart_dlm_flax.FLAX_MODELS:
+    ENCODER_DECODERS[bart_config.model_type] = (run_bart_dlm_flax, bart_config, {})
+    ENCODER_DECODERS[f"{bart_config.model_type} untied"] = (run_bart_dlm_flax, bart_config, UNTIED)
+
+
+@pytest.mark.parametrize(("module", "config_class", "more"), ENCODER_DECODERS.values(), ids=ENCODER_DECODERS)
 def test_encoder_decoders(module, config_class, more, tmp_path):
     flax_model = save_random_model(module, config_class(**SIZES | more), tmp_path)
     inputs = make_inputs()
@@ -135,3 +150,24 @@ def test_encoder_decoders(module, config_class, more, tmp_path):
     scores = flax_model(**inputs)[0]
     torch_model = load_in_pytorch(tmp_path, "AutoModelForSeq2SeqLM")
     assert_same_scores(torch_model, scores, np.ones((3, LENGTH)), **inputs)
+
+
+@pytest.mark.parametrize("config_class", run_pretraining_flax.FLAX_MODELS)
+def test_models_of_pairs(config_class, tmp_path):
+    """Both heads; BigBird with sparse attention."""
+    import torch
+
+    config = config_class(**SIZES, block_size=4, num_random_blocks=1)
+    run_pretraining_flax.DataTrainingArguments(pad_to_max_length=True).adapt_config(config, LENGTH)
+    flax_model = save_random_model(run_pretraining_flax, config, tmp_path)
+    inputs = make_inputs()
+    inputs["token_type_ids"] = np.random.default_rng(1).integers(0, 2, inputs["input_ids"].shape)
+    expected = flax_model(**inputs)
+    torch_model = load_in_pytorch(tmp_path, "AutoModelForPreTraining")
+    with torch.no_grad():
+        found = torch_model(**{name: torch.tensor(array) for name, array in inputs.items()})
+    differences = np.abs(found.prediction_logits.numpy() - expected.prediction_logits)
+    assert differences[inputs["attention_mask"] == 1].max() < 1e-4
+    assert np.abs(found.seq_relationship_logits.numpy() - expected.seq_relationship_logits).max() < 1e-4
+    assert np.abs(expected.prediction_logits).max() > 0.5
+    assert np.abs(expected.seq_relationship_logits).max() > 0.05  # the weights did come along
