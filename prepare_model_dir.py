@@ -479,6 +479,7 @@ def log_result(
         logger.warning("The text is too small for more entries; give more text, or a lower %s.", lower)
     logger.info("Wrote to %s: %s", args.output_dir, ", ".join(written))
     data = ["--train_file", args.train_file] if args.train_file else ["--dataset_name", args.dataset_name]
+    data += ["--dataset_config_name", args.dataset_config_name] if args.dataset_config_name else []
     command = ["python", FAMILIES[config.model_type].training_script]
     command += ["--config_name", args.output_dir, "--tokenizer_name", args.output_dir, *data]
     logger.info("To train from it: %s --output_dir ...", shlex.join(command))

@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import glob
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import logging
@@ -273,6 +274,10 @@ class DataArguments:
     def source_column(self, dataset: datasets.Dataset, collator: "Collator") -> str:
         """The column of which rows of tokens are made; mistakes in the data may be refused here."""
         return find_text_column(dataset, self.text_column_name)
+
+    def reason_for_no_rows(self, text_column: str) -> str:
+        """Why all the data makes no row, and what to do; goes on from "the train data"."""
+        return f"holds no text in column {text_column}"
 
 
 # ---- Objective: yours to edit --------------------------------------------------------------------------------------------
@@ -1263,7 +1268,7 @@ def tokenize_and_group(
             desc=f"Tokenising {split}",
         )
         if len(tokenized) == 0:
-            fail(f"the {split} data holds no text in column {text_column}")
+            fail(f"the {split} data {data_args.reason_for_no_rows(text_column)}")
         if collator.line_by_line:
             rows[split] = pad_rows(tokenized, collator.columns, collator.row_length, collator.pad_to, cache_dir)
         else:
@@ -1494,9 +1499,11 @@ def stream_data(
         logger.info("Reading %d rows of tokens for evaluation", wanted)
         share = math.ceil(wanted / jax.process_count())
         found, num_texts = make_stream(functools.partial(open_text_stream, split, data_args, model_args)).first_rows(share)
+        rows = {"validation": gather_rows(found)}
+        if len(rows["validation"]["input_ids"]) == 0:
+            fail(f"the {split} data {data_args.reason_for_no_rows(text_column)}")
         if len(found["input_ids"]) < share and split == "train":
             fail(f"--num_eval_samples {wanted}: all the data gives only {len(found['input_ids'])} rows; lower it")
-        rows = {"validation": gather_rows(found)}
         num_held_out = num_texts if split == "train" else 0
     if not training_args.do_train:
         return None, rows
@@ -1722,7 +1729,7 @@ def load_params(config: PretrainedConfig, model_args: ModelArguments, training_a
             logger.info("Loading weights from %s", source)
             options = {"cache_dir": model_args.cache_dir, "token": model_args.token, "revision": model_args.model_revision}
             options |= {"trust_remote_code": model_args.trust_remote_code, "dtype": dtype}
-            loaded = MODEL_CLASS.from_pretrained(source, config=config, **options)
+            loaded = read_weights(source, config, options)
             params, model = loaded.params, type(loaded)(config, dtype=dtype, _do_init=False)  # holds no second copy
             del loaded
             config.torch_dtype = "float32"  # what is trained and saved here, whatever the checkpoint was stored in
@@ -1739,6 +1746,25 @@ def load_params(config: PretrainedConfig, model_args: ModelArguments, training_a
 
     initialize = jax.jit(initialize, out_shardings=NamedSharding(mesh, PartitionSpec()))
     return model, initialize(device_rng(training_args.seed, "weights"), params)
+
+
+def read_weights(source: str, config: PretrainedConfig, options: Mapping[str, Any]) -> FlaxPreTrainedModel:
+    """The model of a directory or of the Hub: in Flax layout or, where that is not there, in PyTorch's.
+
+    model.safetensors is read without PyTorch; pytorch_model.bin, an older kind of file, only PyTorch can read.
+    """
+    try:
+        return MODEL_CLASS.from_pretrained(source, config=config, **options)
+    except OSError as error:
+        if "from_pt=True" not in str(error):  # what transformers says where pytorch_model.bin is all there is
+            raise
+    except NotImplementedError:
+        remedy = "save it again in one, with save_pretrained(..., max_shard_size='100GB')"
+        fail(f"--model_name_or_path {source}: its model.safetensors is in several files, which cannot be read here: {remedy}")
+    if importlib.util.find_spec("torch") is None:
+        remedy = "install it (pip install torch), or save the model as model.safetensors elsewhere"
+        fail(f"--model_name_or_path {source}: its weights are in pytorch_model.bin, which needs PyTorch: {remedy}")
+    return MODEL_CLASS.from_pretrained(source, config=config, from_pt=True, **options)
 
 
 def enable_gradient_checkpointing(model: FlaxPreTrainedModel) -> None:
@@ -1948,9 +1974,10 @@ class TrainingLog:
         loss_sum, weight_sum = sums["loss"], sum(point["weight"] for point in self.window)
         num_tokens = sum(point["tokens"] for point in self.window)
         tokens_per_second = num_tokens / max(seconds - self.window_started, 1e-9)
+        epoch = f" (epoch {self.plan.epoch(step):.2f})" if self.plan.steps_per_epoch else ""
         logger.info(
-            "step %d of %d (epoch %.2f): %s, learning rate %.3g, gradient norm %.3g, %s tokens/s",
-            step, self.plan.num_steps, self.plan.epoch(step),
+            "step %d of %d%s: %s, learning rate %.3g, gradient norm %.3g, %s tokens/s",
+            step, self.plan.num_steps, epoch,
             ", ".join(f"{name.replace('_', ' ')} {sums[name] / max(weight_sum, 1):.4f}" for name in losses),
             last["learning_rate"], last["grad_norm"], f"{tokens_per_second:,.0f}",
         )  # fmt: skip

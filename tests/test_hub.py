@@ -13,6 +13,7 @@ import time
 import huggingface_hub
 import numpy as np
 import pytest
+import transformers
 from huggingface_hub.utils import _http
 from safetensors.numpy import load_file
 
@@ -162,6 +163,31 @@ def test_another_machine_goes_on_from_the_pushed_state(hub, push, roberta_dir, c
     first, second = (load_file(path / "model.safetensors") for path in (whole, elsewhere))
     assert all((first[key] == second[key]).all() for key in first)
     assert not np.array_equal(*(load_file(p / "model.safetensors")["lm_head.bias"] for p in (whole, tmp_path / "stopped")))
+
+
+def test_model_revision(hub, push, roberta_dir, corpus, error_of, monkeypatch, tmp_path):
+    """Configuration, tokenizer and weights are those of the commit that --model_revision names; the newest by default."""
+    monkeypatch.setattr(transformers.utils.hub, "_is_offline_mode", False)  # it has a copy of HF_HUB_OFFLINE
+    first = push("--hub_strategy", "end", "--max_steps", 2, name="first")
+    commit = hub.commits(REPO)[-1]["oid"]
+    second = push("--hub_strategy", "end", "--seed", 1, "--max_steps", 2, name="second")
+
+    def evaluate(source, *flags) -> float:
+        flags = ["--model_name_or_path", source, "--train_file", corpus, *flags]
+        flags += ["--do_eval", "--max_seq_length", 32, "--output_dir", tmp_path / "scores", "--token", TOKEN]
+        flags += ["--cache_dir", tmp_path / "cache", "--max_eval_samples", 16]
+        return script.main([str(flag) for flag in flags])["eval_loss"]
+
+    losses = [evaluate(first), evaluate(second)]
+    assert losses[0] != losses[1]
+    before = len(hub.requests)
+    assert evaluate(REPO, "--model_revision", commit) == losses[0]
+    asked = [request.path.split("/resolve/")[1] for request in hub.requests[before:] if "/resolve/" in request.path]
+    assert {f"{commit}/{name}" for name in ("config.json", "tokenizer.json", "flax_model.msgpack")} <= set(asked)
+    assert all(path.startswith(commit) for path in asked)
+    assert evaluate(REPO) == losses[1]
+    message = error_of(evaluate, REPO, "--model_revision", "0" * 40)
+    assert f"--model_name_or_path {REPO}" in message
 
 
 def test_wrong_token_ends_the_run_before_anything_is_computed(hub, push, error_of, monkeypatch):

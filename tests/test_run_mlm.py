@@ -269,6 +269,45 @@ def test_data_formats(texts, roberta_dir, tmp_path):
     assert set(losses.values()) == {losses["a.txt"]}, losses
 
 
+@pytest.mark.parametrize("more", [[], ["--streaming", "--num_eval_samples", 4]], ids=["", "streaming"])
+def test_parts_of_a_dataset(more, texts, roberta_dir, error_of, tmp_path):
+    """--data_dir takes one directory of a dataset, --dataset_config_name one of the configurations its card names."""
+    parts = {"en": texts[:60], "no": texts[60:120]}
+    for part, some_texts in parts.items():
+        (tmp_path / "data" / part).mkdir(parents=True)
+        (tmp_path / "data" / part / "train.txt").write_text("\n".join(some_texts))
+        (tmp_path / f"{part}.txt").write_text("\n".join(some_texts))
+
+    def loss(*flags) -> float:
+        flags = [*flags, *more, "--do_eval", "--max_steps", 2, "--max_eval_samples", 4, "--overwrite_output_dir"]
+        return run(tmp_path / "out", roberta_dir, *flags)["eval_loss"]
+
+    losses = {part: loss("--train_file", tmp_path / f"{part}.txt") for part in parts}
+    assert losses["en"] != losses["no"]
+    dataset = ["--dataset_name", tmp_path / "data"]
+    assert {part: loss(*dataset, "--data_dir", part) for part in parts} == losses
+    entries = "\n".join(f"- config_name: '{part}'\n  data_files: {part}/train.txt" for part in parts)
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n{entries}\n---\n")
+    assert {part: loss(*dataset, "--dataset_config_name", part) for part in parts} == losses
+    assert f"--dataset_name {tmp_path / 'data'}" in error_of(loss, *dataset, "--dataset_config_name", "dk")
+
+
+def test_weights_that_only_pytorch_can_read(trained, corpus, error_of, tmp_path):
+    """pytorch_model.bin without PyTorch, or several files of weights: what it is, and what to do."""
+    source, flags = tmp_path / "source", ["--do_eval", "--train_file", str(corpus), "--max_seq_length", "32"]
+    shutil.copytree(trained[0], source, ignore=shutil.ignore_patterns("*.msgpack", "*.safetensors", "events*", "checkpoint*"))
+    flags += ["--model_name_or_path", str(source), "--output_dir", str(tmp_path / "out")]
+    assert "no model: Error no file named flax_model.msgpack" in error_of(script.main, flags)
+    (source / "pytorch_model.bin").write_bytes(b"not read")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.importlib.util, "find_spec", lambda name: None)
+        message = error_of(script.main, flags)
+    assert f"--model_name_or_path {source}: its weights are in pytorch_model.bin, which needs PyTorch: install it" in message
+    (source / "pytorch_model.bin").unlink()
+    (source / "model.safetensors.index.json").write_text("{}")
+    assert "its model.safetensors is in several files" in error_of(script.main, flags)
+
+
 def test_mixed_suffixes(texts, roberta_dir, tmp_path):
     """Each file is read by its own suffix (defect 78)."""
     (tmp_path / "train.txt").write_text("\n".join(texts[:50]))

@@ -516,6 +516,24 @@ def test_data_that_cannot_be(flags, pairs, tokenizer, error_of, tmp_path):
     assert "the data is one document" in error(one)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_of_one_sentence_make_no_pairs(flags, error_of, tmp_path, streaming):
+    """They hold text: the error says what is missing, and what to do with a txt file like that."""
+
+    def error(text: str, *more) -> str:
+        (tmp_path / "texts.txt").write_text(text)
+        more = [*more, "--streaming", "--num_eval_samples", 4] if streaming else more
+        return error_of(
+            run, *flags[:4], "--train_file", tmp_path / "texts.txt", *flags[8:], "--output_dir", tmp_path / "out", *more
+        )
+
+    sentences = [f"This is sentence number {number}." for number in range(40)]
+    message = error("\n\n".join(sentences))
+    assert "data has no document of two or more sentences in column text, of which pairs are made" in message
+    assert "blank lines stand between documents, not within" in message
+    assert "drop --line_by_line" in error("\n".join(sentences), "--line_by_line")
+
+
 # ---- Optimisation --------------------------------------------------------------------------------------------------------
 
 

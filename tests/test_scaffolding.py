@@ -85,9 +85,12 @@ def test_original_flags_and_defaults(name):
 
 
 def readme_commands() -> list[list[str]]:
-    """The commands in README's fenced blocks, joined at backslashes."""
+    """The commands in README's fenced blocks, joined at backslashes, with shell arrays filled in."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    text = "\n".join(blocks).replace("\\\n", " ")
+    arrays = dict(re.findall(r"^([A-Z]+)=\((.*?)\)$", text, re.DOTALL | re.MULTILINE))
+    text = re.sub(r"^[A-Z]+=\(.*?\)$", "", text, flags=re.DOTALL | re.MULTILINE)
+    lines = re.sub(r'"\$\{([A-Z]+)\[@\]\}"', lambda name: " ".join(arrays[name[1]].split()), text).splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.strip() and not line.strip().startswith("#")]
 
 
@@ -101,6 +104,7 @@ def test_readme_commands_parse():
     parsed = 0
     for command in commands:
         words = [word for word in command if not re.fullmatch(r"[A-Z_]+=.*", word)]
+        words = words[words.index("python") :] if words[0] == "timeout" else words
         if words[0] not in ("python", "python3") or not words[1].endswith(".py"):
             continue
         assert (ROOT / words[1]).exists(), command

@@ -286,7 +286,7 @@ def test_formats_give_the_same_rows(uninterrupted, some_text, roberta_dir, byte_
     assert read_events(tmp_path / "out")["train_loss"] == read_events(uninterrupted)["train_loss"][:1]
 
 
-def test_other_flags_stream(some_text, roberta_dir, tmp_path):
+def test_other_flags_stream(some_text, roberta_dir, tmp_path, capfd):
     """Whole words, padded rows, validation data of its own; the stream ends where num_train_steps, the old name, says."""
     flags = ["--streaming", "--num_train_steps", 30, "--learning_rate", 1e-2, "--whole_word_mask", "--num_eval_samples", 16]
     results = run(
@@ -295,6 +295,7 @@ def test_other_flags_stream(some_text, roberta_dir, tmp_path):
     assert results["train_steps"] == 30
     assert results["eval_loss"] < 6.2
     assert results["train_samples"] == 30 * 8
+    assert "step 30 of 30: loss" in capfd.readouterr().err  # no epoch, whose length is not known
 
 
 def test_errors_in_one_line(error_of, corpus, roberta_dir, tmp_path):

@@ -78,6 +78,25 @@ def test_masked_language_models(model_type, byte_level_tokenizer, corpus, tmp_pa
     assert_same_scores(torch_model, flax_model(**inputs)[0], mask, **inputs)
 
 
+def test_fine_tuning_from_a_pickle(roberta_dir, corpus, tmp_path):
+    """pytorch_model.bin and nothing else: the same start as from model.safetensors."""
+    import torch
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    torch.manual_seed(1)
+    model = RobertaForMaskedLM(RobertaConfig.from_pretrained(roberta_dir))
+    model.lm_head.bias.data[0] = 20.0  # sure of <s> everywhere, which fresh weights are not
+
+    def loss(kind: str) -> float:
+        model.save_pretrained(tmp_path / kind, safe_serialization=kind == "safetensors")
+        flags = ["--model_name_or_path", str(tmp_path / kind), "--tokenizer_name", str(roberta_dir), "--do_eval"]
+        flags += ["--train_file", str(corpus), "--max_seq_length", "32", "--output_dir", str(tmp_path / f"out-{kind}")]
+        return run_mlm_flax.main(flags)["eval_loss"]
+
+    assert loss("bin") == loss("safetensors") > 15
+    assert [path.name for path in (tmp_path / "bin").glob("*model*")] == ["pytorch_model.bin"]
+
+
 # Rows of 80 tokens, as T5's positions and the local attention of GPT-Neo and Mistral differ from others in long rows only.
 LENGTH = 80
 SIZES = {
