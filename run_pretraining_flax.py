@@ -2895,6 +2895,18 @@ def log_plan(plan: Plan, num_rows: Mapping[str, int], row_length: int, params) -
         logger.info("Evaluation: %s rows, %d rows per batch", f"{num_rows['validation']:,}", plan.eval_batch_size)
 
 
+def advise_on_cpu(dtype: str) -> None:
+    """Say what makes this machine faster or not, if its processor is what computes."""
+    if jax.default_backend() != "cpu" or not sys.platform.startswith("linux"):
+        return
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if huge_pages.exists() and "[madvise]" in huge_pages.read_text() and "hugetlb" not in os.environ.get("GLIBC_TUNABLES", ""):
+        logger.info("Faster with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment: arrays in huge pages.")
+    has_bfloat16 = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text())
+    if dtype == "bfloat16" and not has_bfloat16:
+        logger.warning("--dtype bfloat16: this processor has no instructions for it, so that it saves memory but no time.")
+
+
 def initialize_distributed(training_args: TrainingArguments) -> None:
     """Join the other processes, if this run has several. Must come before anything else touches a device."""
     if not (training_args.multihost or training_args.coordinator_address):
@@ -2952,6 +2964,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     mesh = Mesh(np.array(jax.devices()), ("data",))
     model, params = load_params(config, model_args, training_args, mesh)
     log_plan(plan, num_rows, collator.row_length, params)
+    advise_on_cpu(model_args.dtype)
     p_train_step, p_eval_step, optimizer = compile_steps(model, training_args, plan, mesh)
     evaluator = Evaluator(rows.get("validation"), collator, plan, training_args.seed, mesh, p_eval_step)
     results: dict[str, float] = {}
