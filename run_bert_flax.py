@@ -21,11 +21,12 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -266,12 +267,30 @@ def make_inputs(
 # ---- Timing --------------------------------------------------------------------------------------------------------------
 
 
+def contract(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, dtype: jnp.dtype) -> jax.Array:
+    """Sums of products over an axis of each, in float32: asked for bfloat16 sums, XLA on a CPU converts the operands."""
+    axes = ((left_axis,), (right_axis,)), ((), ())
+    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32).astype(dtype)
+
+
+def dense_in_wide_sums(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+    """Interceptor of flax modules: dense layers by `contract` on a CPU, so that bfloat16 is multiplied natively."""
+    module = context.module
+    if not isinstance(module, nn.Dense) or context.method_name != "__call__" or jax.default_backend() != "cpu":
+        return next_fun(*args, **kwargs)
+    kernel, bias = module.get_variable("params", "kernel"), module.get_variable("params", "bias")
+    inputs, kernel, bias = nn.dtypes.promote_dtype(args[0], kernel, bias, dtype=module.dtype)
+    outputs = contract(inputs, kernel, inputs.ndim - 1, 0, inputs.dtype)
+    return outputs if bias is None else outputs + bias
+
+
 def encode(params: Any, batch: Mapping[str, jax.Array], model: FlaxPreTrainedModel) -> tuple[jax.Array | None, ...]:
     """Hidden states [B, T, H] of the last layer, and the pooled ones [B, H] if the model has them.
 
     Both are returned: from the pooled ones alone the compiler could drop all but the first token of the last layer.
     """
-    outputs = model(**batch, params=params, train=False, return_dict=True)
+    with nn.intercept_methods(dense_in_wide_sums):
+        outputs = model(**batch, params=params, train=False, return_dict=True)
     return outputs.last_hidden_state, outputs.get("pooler_output")
 
 

@@ -53,15 +53,15 @@ def main() -> None:
     parser.add_argument("--num_runs", type=int, default=3)
     parser.add_argument("--cache_dir", type=Path, default=ROOT / "quickstart/build/benchmark", help="text and tokenizer")
     args = parser.parse_args()
-    corpus = make_corpus(args.cache_dir)
-    tokenizer = make_tokenizer(corpus)
+    corpora = {objective: make_corpus(args.cache_dir, as_documents=objective == "nsp") for objective in args.objective}
+    tokenizer = make_tokenizer(next(iter(corpora.values())))
     datasets.disable_progress_bars()
     found: dict[tuple[str, int], list] = {}
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "corpus.txt"
-        size = write_text(corpus, path, args.megabytes)
         for run in tqdm(range(args.num_runs), desc="Timing", unit="turn"):
             for objective in args.objective:
+                size = write_text(corpora[objective], path, args.megabytes)
                 for n in args.num_processes:  # a cache of its own, else the next run reads no text
                     cache_dir = str(Path(directory) / f"{run}-{objective}-{n}")
                     found.setdefault((objective, n), []).append(prepare(objective, tokenizer, path, n, cache_dir))

@@ -50,13 +50,13 @@ def main() -> None:
     parser.add_argument("--num_runs", type=int, default=3)
     parser.add_argument("--cache_dir", type=Path, default=ROOT / "quickstart/build/benchmark", help="text and tokenizer")
     args = parser.parse_args()
-    corpus = make_corpus(args.cache_dir)
+    corpora = {objective: make_corpus(args.cache_dir, as_documents=objective == "nsp") for objective in args.objective}
     found: dict[tuple[str, str], list] = {}
     with tempfile.TemporaryDirectory() as directory:
         for objective in args.objective:
             kind = OBJECTIVES[objective]
             model_dir = Path(directory) / objective
-            make_tokenizer(corpus).save_pretrained(model_dir)
+            make_tokenizer(corpora[objective]).save_pretrained(model_dir)
             kind.config_class(**kind.config | kind.sizes["tiny"][2] | {"vocab_size": 8192}).save_pretrained(model_dir)
         for run in tqdm(range(args.num_runs), desc="Timing", unit="turn"):
             for objective in args.objective:
@@ -65,7 +65,7 @@ def main() -> None:
                     argv = [sys.executable, str(script), "--do_train", "--max_steps", "1"]
                     flags = {
                         "config_name": f"{directory}/{objective}", "tokenizer_name": f"{directory}/{objective}",
-                        "train_file": corpus, "output_dir": f"{directory}/run-{objective}-{run}-{cache}",
+                        "train_file": corpora[objective], "output_dir": f"{directory}/run-{objective}-{run}-{cache}",
                         "cache_dir": f"{directory}/data-{objective}-{run}-{cache}", "logging_steps": 1,
                         "block_size" if objective == "clm" else "max_seq_length": 128,
                     }  # fmt: skip

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense layers as they are computed on a CPU: the numbers of flax's own, in another order, and native bfloat16."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from transformers import BartConfig, GPT2Config, RobertaConfig, T5Config
+
+import run_bart_dlm_flax
+import run_clm_flax
+import run_mlm_flax
+import run_t5_mlm_flax
+from tests.test_objectives import SIZES, make_batch, make_params
+
+MODELS = {  # GPT-2 has layers of a class of its own; the head of the last three is fused, and the last one's is untied
+    "roberta": (run_mlm_flax, RobertaConfig(**SIZES)),
+    "gpt2": (run_clm_flax, GPT2Config(**SIZES)),
+    "bart": (run_bart_dlm_flax, BartConfig(**SIZES)),
+    "t5": (run_t5_mlm_flax, T5Config(**SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
+}
+
+
+def loss_fns(module, config, dtype):
+    """(as flax computes it, as train_step does), functions of the weights, and weights."""
+    model, batch = module.MODEL_CLASS.from_config(config, dtype=dtype, _do_init=False), make_batch(module, config)
+
+    def plain(params):
+        return module.loss_fn(params, batch, jax.random.key(0), model=model, train=True)[0]
+
+    def on_cpu(params):
+        with nn.intercept_methods(module.dense_on_cpu):
+            return plain(params)
+
+    return plain, on_cpu, make_params(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_those_of_flax(name):
+    plain, on_cpu, params = loss_fns(*MODELS[name], jnp.float32)
+    compute = jax.jit(
+        lambda params: (jax.value_and_grad(plain)(params), jax.value_and_grad(on_cpu)(params)),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    (expected, expected_grads), (found, grads) = compute(params)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    noise = 1e-6 * max(np.abs(grad).max() for grad in jax.tree.leaves(expected_grads))
+    for (path, grad), expected_grad in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True):
+        allowed = 1e-5 * np.abs(expected_grad).max() + noise
+        np.testing.assert_allclose(grad, expected_grad, rtol=0, atol=allowed, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_dense_layer_is_meant(name):
+    """No product of a matrix of weights is left to flax: all ask for sums in float32, in bfloat16 too."""
+    plain, on_cpu, params = loss_fns(*MODELS[name], jnp.bfloat16)
+
+    def products(loss_fn):
+        program = str(jax.make_jaxpr(jax.grad(loss_fn))(params))
+        lines = [line for line in program.splitlines() if "dot_general[" in line]
+        return [line for line in lines if line.strip().split("]", 1)[0].count(",") == 1]  # results of two dimensions
+
+    assert any(":bf16[" in line for line in products(plain))
+    assert not any(":bf16[" in line for line in products(on_cpu))
+
+
+def test_bfloat16_gradients():
+    """Of a layer that widens and one that narrows: as exact as bfloat16 operands allow."""
+    rng = np.random.default_rng(0)
+    for sizes in ((24, 40), (40, 24)):
+        inputs = jnp.asarray(rng.standard_normal((3, 7, sizes[0])), jnp.bfloat16)
+        kernel = jnp.asarray(rng.standard_normal(sizes), jnp.float32)
+        factors = jnp.asarray(rng.standard_normal((3, 7, sizes[1])), jnp.float32)
+        grads = jax.grad(lambda *args: (run_mlm_flax.matmul(*args) * factors).sum(), (0, 1))(inputs, kernel)  # noqa: B023
+        exact = inputs.astype(jnp.float32), kernel
+        expected = jax.grad(lambda *args: ((args[0] @ args[1]) * factors).sum(), (0, 1))(*exact)  # noqa: B023
+        for grad, expected_grad, dtype in zip(grads, expected, (jnp.bfloat16, jnp.float32), strict=True):
+            assert grad.dtype == dtype
+            np.testing.assert_allclose(grad.astype(jnp.float32), expected_grad, rtol=0.02, atol=0.1)
+
+
+def test_other_devices_keep_what_flax_does(monkeypatch):
+    _, on_cpu, params = loss_fns(*MODELS["gpt2"], jnp.float32)
+    assert "matmul_bwd" in str(jax.make_jaxpr(on_cpu)(params))
+    monkeypatch.setattr(run_clm_flax.jax, "default_backend", lambda: "gpu")
+    _, on_gpu, params = loss_fns(*MODELS["gpt2"], jnp.float32)
+    assert "matmul_bwd" not in str(jax.make_jaxpr(on_gpu)(params))
+
+
+@pytest.mark.parametrize(("cpuinfo", "warned"), [("flags : avx2 avx512_bf16", False), ("Features : asimd", True)])
+def test_bfloat16_without_instructions_for_it(cpuinfo, warned, monkeypatch, caplog):
+    monkeypatch.setattr(run_mlm_flax.sys, "platform", "linux")
+    monkeypatch.setattr(run_mlm_flax.Path, "exists", lambda path: False)
+    monkeypatch.setattr(run_mlm_flax.Path, "read_text", lambda path: cpuinfo)
+    monkeypatch.setattr(run_mlm_flax.logger, "propagate", True)
+    run_mlm_flax.advise_on_cpu("bfloat16")
+    assert ("saves memory but no time" in caplog.text) == warned
+    caplog.clear()
+    run_mlm_flax.advise_on_cpu("float32")
+    assert not caplog.text
