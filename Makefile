@@ -64,7 +64,7 @@ test-torch: $(VENV)/torch
 test-faults: $(VENV)/development
 	$(RUN) -m pytest -m faults
 
-## bench: training throughput on this machine's CPU, beside PyTorch's in float32 and bfloat16; half an hour on 2 cores
+## bench: training throughput on this machine's CPU, beside PyTorch's in float32 and bfloat16; most of an hour on 2 cores
 bench: $(VENV)/torch
 	for objective in mlm clm t5 bart nsp; do \
 		$(RUN) benchmarks/throughput.py --objective $$objective --peer torch --precision float32 bfloat16 --peer_precision float32 bfloat16 || exit; done

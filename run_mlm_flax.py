@@ -1025,6 +1025,8 @@ def check_arguments(model_args: ModelArguments, data_args: DataTrainingArguments
     may_be_occupied = training_args.overwrite_output_dir or training_args.resume_from_checkpoint
     if training_args.do_train and occupied and not may_be_occupied:
         fail(f"--output_dir {training_args.output_dir}: is not empty; name another or add --overwrite_output_dir")
+    if training_args.attention_implementation == "cudnn" and model_args.dtype == "float32":
+        fail("--attention_implementation cudnn: has no float32; add --dtype bfloat16, or use chunked")
 
 
 def check_data_arguments(data_args: DataTrainingArguments, do_train: bool) -> None:

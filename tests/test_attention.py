@@ -127,13 +127,14 @@ def test_the_classes_are_left_as_they_were(monkeypatch):
     ("implementation", "message"),
     [
         ("xla", "cannot drop attention weights, and the configuration has attn_pdrop=0.1: set it to 0, or use chunked"),
-        ("cudnn", "cannot drop attention weights"),
+        ("cudnn", "has no float32; add --dtype bfloat16"),
+        ("cudnn --dtype bfloat16", "cannot drop attention weights"),
         ("flash", "attention_implementation"),
     ],
 )
 def test_what_it_cannot_do_is_one_line(implementation, message, gpt2_dir, corpus, tmp_path, error_of):
     source = ["--config_name", gpt2_dir, "--tokenizer_name", gpt2_dir, "--train_file", corpus, "--output_dir", tmp_path / "out"]
-    flags = ["--do_train", "--config_overrides", "attn_pdrop=0.1", "--attention_implementation", implementation]
+    flags = ["--do_train", "--config_overrides", "attn_pdrop=0.1", "--attention_implementation", *implementation.split()]
     argv = [str(part) for part in (*source, *flags)]
     assert message in error_of(run_clm_flax.main, argv)
     assert not (tmp_path / "out").exists()
