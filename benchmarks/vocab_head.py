@@ -35,6 +35,7 @@ class FakeTokenizer:
     """As much of a tokenizer as the collator asks for."""
 
     all_special_ids, unk_token_id, pad_token_id, mask_token_id = (0, 1, 2, 3, 4), 3, 1, 4
+    mask_token, pad_token = "<mask>", "<pad>"
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
