@@ -146,6 +146,17 @@ def test_attention_of_its_own(refuses):
         run_mlm_flax.check_attention("chunked", DistilBertConfig())
 
 
+def test_what_only_the_model_itself_tells(refuses):
+    """As with classes from the Hub, of which check_attention knows nothing."""
+    model = run_mlm_flax.MODEL_CLASS.from_config(DistilBertConfig(**SIZES | {"dim": 32, "n_heads": 2}), _do_init=False)
+    with refuses("implementation: FlaxDistilBertForMaskedLM has attention of its own"), run_mlm_flax.attention("chunked", model):
+        raise AssertionError
+    options = {"dropout_rate": 0.1, "deterministic": False, "dropout_rng": jax.random.key(0)}
+    weights = run_clm_flax.AttentionWeights(jnp.ones((1, 4, 2, 8)), jnp.ones((1, 4, 2, 8)), options)
+    with refuses("xla: cannot drop attention weights: use chunked"):
+        run_clm_flax.attend(weights, jnp.ones((1, 4, 2, 8)), "xla")
+
+
 def test_cudnn_needs_a_gpu(refuses):
     model = run_clm_flax.MODEL_CLASS.from_config(GPT2Config(**SIZES), _do_init=False)
     with refuses("cudnn: is for NVIDIA GPUs, and JAX runs on cpu here"), run_clm_flax.attention("cudnn", model):
