@@ -41,6 +41,7 @@ import threading
 import time
 import types
 import unicodedata
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -2312,7 +2313,8 @@ class Saver:
 
     def report_failure(self, error: Exception) -> None:
         self.failed = True
-        reason = "no space left on the device" if "No space left" in str(error) else first_line(error)
+        of_the_system = re.search(r"([^:]+) \[os_error_code", str(error))  # at the end of a long line about orbax's files
+        reason = of_the_system[1].strip() if of_the_system else first_line(error)
         logger.error("Step %d could not be saved: %s. What was saved before is untouched.", self.saved_step, reason)
         shutil.rmtree(checkpoint_path(self.args.output_dir, self.saved_step) + TEMPORARY_SUFFIX, ignore_errors=True)
 
@@ -2900,8 +2902,18 @@ class NotSavedError(Exception):
     """Training has ended, but its result is not where it should be."""
 
 
+def silence_late_writes() -> None:
+    """When a save fails, orbax stops listening to its other writes; each would protest, in one of these ways."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    sys.unraisablehook = lambda unraisable: (
+        str(unraisable.exc_value) == "Event loop is closed" or sys.__unraisablehook__(unraisable)
+    )
+
+
 def run() -> int:
     """main() as a program: exit status 0, or what went wrong in one line."""
+    silence_late_writes()
     try:
         main()
     except Stopped as stopped:
