@@ -667,6 +667,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
 
 
 def seed_sequence(seed: int, *stream: str | int) -> np.random.SeedSequence:
+    """Everything random follows from the seed and a name, so that nothing depends on what was drawn before."""
     spawn_key = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in stream]
     return np.random.SeedSequence(seed, spawn_key=spawn_key)
 

@@ -90,6 +90,9 @@ logger = logging.getLogger(__name__)
 #   A  micro-batches in one update      D  devices of this process      B  rows per device       T  tokens in a row
 #   V  vocabulary                       H  hidden size                  M  labelled positions per row; K = B * M of them
 # A joined letter is a merged dimension: input_ids_NT holds N = A * D * B rows. Model inputs keep their transformers names.
+#
+# In this file: arguments; the objective, which is yours to edit; the steps, and how layers are computed in them. What follows
+# is scaffolding in the order of main(), which stands at the end and reads as a table of contents.
 
 
 # ---- Arguments -----------------------------------------------------------------------------------------------------------
@@ -727,10 +730,83 @@ def eval_metrics(totals: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-# ---- Attention -----------------------------------------------------------------------------------------------------------
+# ---- Steps ---------------------------------------------------------------------------------------------------------------
+
+
+class TrainState(NamedTuple):
+    """What an update changes; the same on every device. `step` counts completed updates (int32 scalar)."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def create_train_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+    """State before the first update; it takes over the buffers of `params`, which training donates."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def train_step(
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    dropout_rng: jax.Array,
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    learning_rate_fn: optax.Schedule,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update from a batch of [A, ...] micro-batches; runs on each device with its own rows.
+
+    The loss is the mean over all masked tokens plus the mean over all pairs, of all micro-batches and devices: what they are
+    divided by is summed first, so every label counts the same however the rows are spread. Metrics: the loss and its parts,
+    the number of masked tokens, gradient norm before clipping, learning rate; "stop" is above 0 if any process was told to
+    stop, so that all learn it at the same step.
+    """
+    device_rng = jax.random.fold_in(jax.random.fold_in(dropout_rng, state.step), jax.lax.axis_index("data"))
+    num_tokens, num_pairs = jax.lax.psum((batch["label_weights"].sum(), batch["next_sentence_weights"].sum()), "data")
+
+    def micro_batch_loss(params, micro_batch, rng):
+        loss, aux = loss_fn(params, micro_batch, rng, train=True)
+        masked_lm_loss = loss / jnp.maximum(num_tokens, 1)
+        next_sentence_loss = aux["next_sentence_loss"] / jnp.maximum(num_pairs, 1)
+        return masked_lm_loss + next_sentence_loss, (masked_lm_loss, next_sentence_loss)
+
+    def add_micro_batch(sums, indexed_micro_batch):
+        index, micro_batch = indexed_micro_batch
+        grad_fn = jax.grad(micro_batch_loss, has_aux=True)
+        with nn.intercept_methods(hashed_dropout), nn.intercept_methods(dense_on_cpu):
+            grads, losses = grad_fn(state.params, micro_batch, jax.random.fold_in(device_rng, index))
+        return jax.tree.map(jnp.add, sums, (losses, grads)), None
+
+    zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.params))
+    micro_batches = {name: array for name, array in batch.items() if name != "stop"}
+    sums, _ = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(len(batch["stop"])), micro_batches))
+    (masked_lm_loss, next_sentence_loss), grads = jax.lax.psum(sums, "data")
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = {
+        "loss": masked_lm_loss + next_sentence_loss,
+        "masked_lm_loss": masked_lm_loss,
+        "next_sentence_loss": next_sentence_loss,
+        "weight": num_tokens,
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": learning_rate_fn(state.step),
+        "stop": jax.lax.psum(batch["stop"].max(), "data"),
+    }
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict[str, jax.Array]:
+    """Sums over the labels of one batch: loss, weight, correct; and "stop", above 0 if a process was told to stop."""
+    rows = {name: array for name, array in batch.items() if name != "stop"}
+    loss, aux = loss_fn(params, rows, None, train=False)
+    return jax.lax.psum({"loss": loss, **aux, "stop": batch["stop"].max()}, "data")
+
+
+# ---- How layers are computed in a step: attention, dropout, matrix products ----------------------------------------------
 
 
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate")  # in configurations
+
+
 ATTENTION_CHUNK_SCORES = 2**20  # at a time, or those of one row if it has more
 
 
@@ -890,22 +966,6 @@ def chunked_attention_bwd(residuals: tuple, cotangent: jax.Array) -> tuple:
 chunked_attention.defvjp(chunked_attention_fwd, chunked_attention_bwd)
 
 
-# ---- Steps ---------------------------------------------------------------------------------------------------------------
-
-
-class TrainState(NamedTuple):
-    """What an update changes; the same on every device. `step` counts completed updates (int32 scalar)."""
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-
-
-def create_train_state(params, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first update; it takes over the buffers of `params`, which training donates."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-
 def hashed_dropout(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
     """Interceptor of flax modules: dropout by a hash of key and position instead of random bits, which are what it costs.
 
@@ -967,62 +1027,7 @@ def dense_on_cpu(next_fun: Callable, args: tuple, kwargs: dict, context: nn.modu
     return outputs if bias is None else outputs + bias.astype(outputs.dtype)
 
 
-def train_step(
-    state: TrainState,
-    batch: Mapping[str, jax.Array],
-    dropout_rng: jax.Array,
-    loss_fn: Callable,
-    optimizer: optax.GradientTransformation,
-    learning_rate_fn: optax.Schedule,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update from a batch of [A, ...] micro-batches; runs on each device with its own rows.
-
-    The loss is the mean over all masked tokens plus the mean over all pairs, of all micro-batches and devices: what they are
-    divided by is summed first, so every label counts the same however the rows are spread. Metrics: the loss and its parts,
-    the number of masked tokens, gradient norm before clipping, learning rate; "stop" is above 0 if any process was told to
-    stop, so that all learn it at the same step.
-    """
-    device_rng = jax.random.fold_in(jax.random.fold_in(dropout_rng, state.step), jax.lax.axis_index("data"))
-    num_tokens, num_pairs = jax.lax.psum((batch["label_weights"].sum(), batch["next_sentence_weights"].sum()), "data")
-
-    def micro_batch_loss(params, micro_batch, rng):
-        loss, aux = loss_fn(params, micro_batch, rng, train=True)
-        masked_lm_loss = loss / jnp.maximum(num_tokens, 1)
-        next_sentence_loss = aux["next_sentence_loss"] / jnp.maximum(num_pairs, 1)
-        return masked_lm_loss + next_sentence_loss, (masked_lm_loss, next_sentence_loss)
-
-    def add_micro_batch(sums, indexed_micro_batch):
-        index, micro_batch = indexed_micro_batch
-        grad_fn = jax.grad(micro_batch_loss, has_aux=True)
-        with nn.intercept_methods(hashed_dropout), nn.intercept_methods(dense_on_cpu):
-            grads, losses = grad_fn(state.params, micro_batch, jax.random.fold_in(device_rng, index))
-        return jax.tree.map(jnp.add, sums, (losses, grads)), None
-
-    zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.params))
-    micro_batches = {name: array for name, array in batch.items() if name != "stop"}
-    sums, _ = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(len(batch["stop"])), micro_batches))
-    (masked_lm_loss, next_sentence_loss), grads = jax.lax.psum(sums, "data")
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {
-        "loss": masked_lm_loss + next_sentence_loss,
-        "masked_lm_loss": masked_lm_loss,
-        "next_sentence_loss": next_sentence_loss,
-        "weight": num_tokens,
-        "grad_norm": optax.global_norm(grads),
-        "learning_rate": learning_rate_fn(state.step),
-        "stop": jax.lax.psum(batch["stop"].max(), "data"),
-    }
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
-
-
-def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict[str, jax.Array]:
-    """Sums over the labels of one batch: loss, weight, correct; and "stop", above 0 if a process was told to stop."""
-    rows = {name: array for name, array in batch.items() if name != "stop"}
-    loss, aux = loss_fn(params, rows, None, train=False)
-    return jax.lax.psum({"loss": loss, **aux, "stop": batch["stop"].max()}, "data")
-
-
-# ---- Scaffolding: the same in every script -------------------------------------------------------------------------------
+# ---- Scaffolding, the same in every script: the command line -------------------------------------------------------------
 
 
 def fail(message: str) -> NoReturn:
@@ -1034,11 +1039,6 @@ def fail(message: str) -> NoReturn:
 def first_line(error: BaseException) -> str:
     """What went wrong, without the advice that libraries print below it."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
-@functools.cache
-def log_once(message: str, *args) -> None:
-    logger.warning(message, *args)
 
 
 class ScriptArgumentParser(HfArgumentParser):
@@ -1210,99 +1210,7 @@ def check_text_file(path: str, flag: str) -> None:
         fail(f"{flag} {path}: is empty")
 
 
-def load_raw_datasets(
-    data_args: DataTrainingArguments, model_args: ModelArguments, training_args: TrainingArguments
-) -> dict[str, datasets.Dataset]:
-    """Load the splits that this run needs: "train", "validation" or both.
-
-    Where the data has no validation split, `validation_split_percentage` of the training rows are drawn with the seed, also
-    without do_eval: so a later evaluation of the same data meets rows that were never trained on.
-    """
-    if data_args.dataset_name:
-        splits = load_named_dataset(data_args, model_args)
-    else:
-        splits = {}
-        for split in ("train", "validation"):
-            path = getattr(data_args, f"{split}_file")
-            if path:
-                splits[split] = data_args.add_columns(load_text_file(path, split, data_args, model_args.cache_dir), split)
-    if "validation" not in splits:
-        splits |= draw_validation_split(splits["train"], data_args.validation_split_percentage, training_args.seed)
-    wanted = ["train"] * training_args.do_train + ["validation"] * training_args.do_eval
-    for split in wanted:
-        if len(splits[split]) == 0:
-            fail(f"the {split} data is empty: {data_args.dataset_name or getattr(data_args, f'{split}_file')} has no rows")
-    return {split: splits[split] for split in wanted}
-
-
-def load_text_file(path: str, split: str, data_args: DataArguments, cache_dir: str | None, **options):
-    """Read one local file with the loader of its suffix: a Dataset, or with streaming=True an IterableDataset."""
-    loader = data_loader_of(path)
-    options |= data_args.text_loader_options() if loader == "text" else {}
-    try:
-        return datasets.load_dataset(loader, data_files=glob.escape(path), split="train", cache_dir=cache_dir, **options)
-    except (datasets.exceptions.DatasetsError, ValueError) as error:
-        fail(f"--{split}_file {path}: is empty or cannot be read as {loader}: {first_line(error.__cause__ or error)}")
-
-
-def load_named_dataset(data_args: DataTrainingArguments, model_args: ModelArguments) -> dict[str, datasets.Dataset]:
-    """Load a dataset of the Hub, or of a local directory."""
-    name = data_args.dataset_name
-    try:
-        if os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json")):
-            loaded = datasets.load_from_disk(name)
-        else:
-            logger.info("Loading dataset %s", name)
-            options = {"data_dir": data_args.data_dir, "cache_dir": model_args.cache_dir, "token": model_args.token}
-            loaded = datasets.load_dataset(name, data_args.dataset_config_name, **options)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        fail(f"--dataset_name {name}: cannot be loaded: {first_line(error)}")
-    splits = dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
-    if "train" not in splits and "validation" not in splits:
-        fail(f"--dataset_name {name}: has neither a train nor a validation split, only {', '.join(splits)}")
-    return splits
-
-
-def prepare_data(
-    data_args: DataTrainingArguments,
-    model_args: ModelArguments,
-    training_args: TrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    collator: "Collator",
-) -> tuple["TextStream | None", dict[str, "TokenRows"]]:
-    """The rows of tokens of each split; with `streaming` a stream stands for those of training."""
-    if data_args.streaming:
-        stream, rows = stream_data(data_args, model_args, training_args, tokenizer, collator)
-    else:
-        with main_process_first():
-            raw_datasets = load_raw_datasets(data_args, model_args, training_args)
-            stream, rows = None, tokenize_and_group(raw_datasets, tokenizer, collator, data_args, model_args.cache_dir)
-    return stream, limit_rows(rows, data_args)
-
-
-def draw_validation_split(dataset: datasets.Dataset, percentage: int, seed: int) -> dict[str, datasets.Dataset]:
-    """Hold out `percentage` of the rows at random; both parts keep the order of the data, so texts stay in one piece."""
-    if len(dataset) < 2:
-        fail(f"the training data has {len(dataset)} row(s), too few to hold some out; give --validation_file")
-    num_held_out = min(max(1, round(len(dataset) * percentage / 100)), len(dataset) - 1)
-    held_out = np.zeros(len(dataset), bool)
-    held_out[host_rng(seed, "validation split").choice(len(dataset), num_held_out, replace=False)] = True
-    return {"train": dataset.select(np.flatnonzero(~held_out)), "validation": dataset.select(np.flatnonzero(held_out))}
-
-
-def find_text_column(dataset: datasets.Dataset, text_column_name: str | None) -> str:
-    """The column named, else "text", else the first one that holds strings."""
-    text_columns = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", "") in TEXT_TYPES]
-    if text_column_name is not None:
-        if text_column_name not in text_columns:
-            fail(f"--text_column_name {text_column_name}: the data has no such text column, only {dataset.column_names}")
-        return text_column_name
-    if not text_columns:
-        fail(f"the data has no text column, only {dataset.column_names}; name one with --text_column_name")
-    return "text" if "text" in text_columns else text_columns[0]
-
-
-TEXT_TYPES = ("string", "large_string")
+# ---- Scaffolding: messages and processes ---------------------------------------------------------------------------------
 
 
 def set_up_logging() -> None:
@@ -1315,6 +1223,67 @@ def set_up_logging() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax; what fails there is reported here
     flax_logger = logging.getLogger("transformers.modeling_flax_utils")
     flax_logger.addFilter(lambda record: "classes are deprecated" not in record.getMessage())
+
+
+@functools.cache
+def log_once(message: str, *args) -> None:
+    logger.warning(message, *args)
+
+
+def progress_bar(**kwargs) -> tqdm:
+    """A bar on standard error: lively on a terminal; in a log file a line a minute, and none for what is done sooner."""
+    if not sys.stderr.isatty():
+        bar_format = "{desc}: {n_fmt} of {total_fmt} ({elapsed} so far, {remaining} to go)\n"
+        kwargs |= {"mininterval": 60, "maxinterval": 60, "delay": 60, "bar_format": bar_format}
+    return tqdm(leave=False, dynamic_ncols=True, **kwargs)
+
+
+def initialize_distributed(training_args: TrainingArguments) -> None:
+    """Join the other processes, if this run has several. Must come before anything else touches a device."""
+    if not (training_args.multihost or training_args.coordinator_address):
+        return
+    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    address = training_args.coordinator_address
+    try:
+        jax.distributed.initialize(address, training_args.num_processes, training_args.process_id)
+    except (ValueError, RuntimeError) as error:
+        fail(f"--multihost: the processes do not find each other: {first_line(error)}")
+    logger.info("Process %d of %d, with %d device(s)", jax.process_index(), jax.process_count(), jax.local_device_count())
+    if jax.process_index() > 0:
+        logger.setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def main_process_first():
+    """Let process 0 go through first, so that the others find what it put into a cache they share."""
+    if jax.process_count() > 1 and jax.process_index() > 0:
+        multihost_utils.sync_global_devices("process 0 first")
+    yield
+    if jax.process_count() > 1 and jax.process_index() == 0:
+        multihost_utils.sync_global_devices("process 0 first")
+
+
+def gather_json(value: Any) -> list[Any]:
+    """The values of all processes, in order, on each of them."""
+    if jax.process_count() == 1:
+        return [value]
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(encoded)))
+    padded = multihost_utils.process_allgather(np.pad(encoded, (0, sizes.max() - len(encoded))))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(padded, sizes, strict=True)]
+
+
+def gather_rows(rows: "TokenRows") -> "TokenRows":
+    """The rows of all processes, in order of the processes, on each of them."""
+    if jax.process_count() == 1:
+        return rows
+    fewest = int(multihost_utils.process_allgather(np.array(len(rows["input_ids"]))).min())
+    gathered = {name: multihost_utils.process_allgather(array[:fewest]) for name, array in rows.items()}
+    return {name: array.reshape(-1, array.shape[-1]) for name, array in gathered.items()}
+
+
+# ---- Scaffolding: configuration and tokenizer ----------------------------------------------------------------------------
 
 
 def supported_model_types() -> str:
@@ -1475,6 +1444,108 @@ def choose_row_length(data_args: DataArguments, config: PretrainedConfig, tokeni
     return min(asked, most)
 
 
+# ---- Scaffolding: from text to rows of tokens ----------------------------------------------------------------------------
+
+
+def prepare_data(
+    data_args: DataTrainingArguments,
+    model_args: ModelArguments,
+    training_args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    collator: "Collator",
+) -> tuple["TextStream | None", dict[str, "TokenRows"]]:
+    """The rows of tokens of each split; with `streaming` a stream stands for those of training."""
+    if data_args.streaming:
+        stream, rows = stream_data(data_args, model_args, training_args, tokenizer, collator)
+    else:
+        with main_process_first():
+            raw_datasets = load_raw_datasets(data_args, model_args, training_args)
+            stream, rows = None, tokenize_and_group(raw_datasets, tokenizer, collator, data_args, model_args.cache_dir)
+    return stream, limit_rows(rows, data_args)
+
+
+def load_raw_datasets(
+    data_args: DataTrainingArguments, model_args: ModelArguments, training_args: TrainingArguments
+) -> dict[str, datasets.Dataset]:
+    """Load the splits that this run needs: "train", "validation" or both.
+
+    Where the data has no validation split, `validation_split_percentage` of the training rows are drawn with the seed, also
+    without do_eval: so a later evaluation of the same data meets rows that were never trained on.
+    """
+    if data_args.dataset_name:
+        splits = load_named_dataset(data_args, model_args)
+    else:
+        splits = {}
+        for split in ("train", "validation"):
+            path = getattr(data_args, f"{split}_file")
+            if path:
+                splits[split] = data_args.add_columns(load_text_file(path, split, data_args, model_args.cache_dir), split)
+    if "validation" not in splits:
+        splits |= draw_validation_split(splits["train"], data_args.validation_split_percentage, training_args.seed)
+    wanted = ["train"] * training_args.do_train + ["validation"] * training_args.do_eval
+    for split in wanted:
+        if len(splits[split]) == 0:
+            fail(f"the {split} data is empty: {data_args.dataset_name or getattr(data_args, f'{split}_file')} has no rows")
+    return {split: splits[split] for split in wanted}
+
+
+def load_text_file(path: str, split: str, data_args: DataArguments, cache_dir: str | None, **options):
+    """Read one local file with the loader of its suffix: a Dataset, or with streaming=True an IterableDataset."""
+    loader = data_loader_of(path)
+    options |= data_args.text_loader_options() if loader == "text" else {}
+    try:
+        return datasets.load_dataset(loader, data_files=glob.escape(path), split="train", cache_dir=cache_dir, **options)
+    except (datasets.exceptions.DatasetsError, ValueError) as error:
+        fail(f"--{split}_file {path}: is empty or cannot be read as {loader}: {first_line(error.__cause__ or error)}")
+
+
+def load_named_dataset(data_args: DataTrainingArguments, model_args: ModelArguments) -> dict[str, datasets.Dataset]:
+    """Load a dataset of the Hub, or of a local directory."""
+    name = data_args.dataset_name
+    try:
+        if os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json")):
+            loaded = datasets.load_from_disk(name)
+        else:
+            logger.info("Loading dataset %s", name)
+            options = {"data_dir": data_args.data_dir, "cache_dir": model_args.cache_dir, "token": model_args.token}
+            loaded = datasets.load_dataset(name, data_args.dataset_config_name, **options)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        fail(f"--dataset_name {name}: cannot be loaded: {first_line(error)}")
+    splits = dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
+    if "train" not in splits and "validation" not in splits:
+        fail(f"--dataset_name {name}: has neither a train nor a validation split, only {', '.join(splits)}")
+    return splits
+
+
+def draw_validation_split(dataset: datasets.Dataset, percentage: int, seed: int) -> dict[str, datasets.Dataset]:
+    """Hold out `percentage` of the rows at random; both parts keep the order of the data, so texts stay in one piece."""
+    if len(dataset) < 2:
+        fail(f"the training data has {len(dataset)} row(s), too few to hold some out; give --validation_file")
+    num_held_out = min(max(1, round(len(dataset) * percentage / 100)), len(dataset) - 1)
+    held_out = np.zeros(len(dataset), bool)
+    held_out[host_rng(seed, "validation split").choice(len(dataset), num_held_out, replace=False)] = True
+    return {"train": dataset.select(np.flatnonzero(~held_out)), "validation": dataset.select(np.flatnonzero(held_out))}
+
+
+def find_text_column(dataset: datasets.Dataset, text_column_name: str | None) -> str:
+    """The column named, else "text", else the first one that holds strings."""
+    text_columns = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", "") in TEXT_TYPES]
+    if text_column_name is not None:
+        if text_column_name not in text_columns:
+            fail(f"--text_column_name {text_column_name}: the data has no such text column, only {dataset.column_names}")
+        return text_column_name
+    if not text_columns:
+        fail(f"the data has no text column, only {dataset.column_names}; name one with --text_column_name")
+    return "text" if "text" in text_columns else text_columns[0]
+
+
+TEXT_TYPES = ("string", "large_string")
+
+
+# Columns of token ids and the like, each [rows, T], by name.
+TokenRows = dict[str, np.ndarray]
+
+
 def tokenize_and_group(
     raw_datasets: Mapping[str, datasets.Dataset],
     tokenizer: PreTrainedTokenizerBase,
@@ -1502,10 +1573,6 @@ def tokenize_and_group(
         else:
             rows[split] = cut_rows(tokenized, collator.columns, collator.row_length, cache_dir)
     return rows
-
-
-# Columns of token ids and the like, each [rows, T], by name.
-TokenRows = dict[str, np.ndarray]
 
 
 def token_chunks(tokenized: datasets.Dataset, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -1564,6 +1631,9 @@ def limit_rows(rows: Mapping[str, TokenRows], data_args: DataTrainingArguments) 
     """Apply max_train_samples and max_eval_samples."""
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
     return {split: {name: array[: limits[split]] for name, array in columns.items()} for split, columns in rows.items()}
+
+
+# ---- Scaffolding: streams of text ----------------------------------------------------------------------------------------
 
 
 class TextStream:
@@ -1744,29 +1814,11 @@ def stream_name(data_args: DataTrainingArguments) -> str:
     return f"{name} {data_args.dataset_config_name or ''}, read by {jax.process_count()} process(es)"
 
 
-def gather_json(value: Any) -> list[Any]:
-    """The values of all processes, in order, on each of them."""
-    if jax.process_count() == 1:
-        return [value]
-    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(len(encoded)))
-    padded = multihost_utils.process_allgather(np.pad(encoded, (0, sizes.max() - len(encoded))))
-    return [json.loads(row[:size].tobytes()) for row, size in zip(padded, sizes, strict=True)]
-
-
-def gather_rows(rows: TokenRows) -> TokenRows:
-    """The rows of all processes, in order of the processes, on each of them."""
-    if jax.process_count() == 1:
-        return rows
-    fewest = int(multihost_utils.process_allgather(np.array(len(rows["input_ids"]))).min())
-    gathered = {name: multihost_utils.process_allgather(array[:fewest]) for name, array in rows.items()}
-    return {name: array.reshape(-1, array.shape[-1]) for name, array in gathered.items()}
-
-
-# Everything random follows from the seed and a name, so that nothing depends on what was drawn before.
+# ---- Scaffolding: randomness ---------------------------------------------------------------------------------------------
 
 
 def seed_sequence(seed: int, *stream: str | int) -> np.random.SeedSequence:
+    """Everything random follows from the seed and a name, so that nothing depends on what was drawn before."""
     spawn_key = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in stream]
     return np.random.SeedSequence(seed, spawn_key=spawn_key)
 
@@ -1789,6 +1841,9 @@ def row_uniforms(seed: int, stream: tuple, first_row: int, num_rows: int, draws_
     bits = np.random.PCG64(seed_sequence(seed, *stream))
     bits.advance(first_row * draws_per_row)
     return np.random.Generator(bits).random((num_rows, draws_per_row))
+
+
+# ---- Scaffolding: batches ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1949,6 +2004,26 @@ def prefetch(items: Iterable, depth: int = 2) -> Iterator:
         thread.join()
 
 
+def log_plan(plan: Plan, num_rows: Mapping[str, int], row_length: int, params) -> None:
+    """Say what is about to happen, derived sizes first."""
+    num_params = sum(array.size for array in jax.tree.leaves(params))
+    logger.info(
+        "Model: %s parameters, on %d device(s) of kind %s", f"{num_params:,}", jax.device_count(), jax.devices()[0].device_kind
+    )
+    if plan.num_steps:
+        logger.info(
+            "Training: %s rows of %d tokens, %d rows = %s tokens per step, %d steps (%s per epoch), %d of them warmup",
+            f"{num_rows['train']:,}" if "train" in num_rows else "a stream of", row_length,
+            plan.train_batch_size, f"{plan.train_batch_size * row_length:,}",
+            plan.num_steps, plan.steps_per_epoch or "unknown", plan.num_warmup_steps,
+        )  # fmt: skip
+    if "validation" in num_rows:
+        logger.info("Evaluation: %s rows, %d rows per batch", f"{num_rows['validation']:,}", plan.eval_batch_size)
+
+
+# ---- Scaffolding: weights, optimizer, programs ---------------------------------------------------------------------------
+
+
 def load_params(config: PretrainedConfig, model_args: ModelArguments, training_args: TrainingArguments, mesh: Mesh):
     """Build the model and its float32 weights, the same on every device of the mesh: (model, params)."""
     dtype, source, params = jnp.dtype(model_args.dtype), model_args.model_name_or_path, None
@@ -2007,6 +2082,18 @@ def enable_gradient_checkpointing(model: FlaxPreTrainedModel) -> None:
         ]
         remedy = f"only for {', '.join(able)}" if able else "by no Flax class of this objective; drop the flag"
         fail(f"--gradient_checkpointing: not implemented for {model.config.model_type}, {remedy}")
+
+
+def advise_on_cpu(dtype: str) -> None:
+    """Say what makes this machine faster or not, if its processor is what computes."""
+    if jax.default_backend() != "cpu" or not sys.platform.startswith("linux"):
+        return
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if huge_pages.exists() and "[madvise]" in huge_pages.read_text() and "hugetlb" not in os.environ.get("GLIBC_TUNABLES", ""):
+        logger.info("Faster with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment: arrays in huge pages.")
+    has_bfloat16 = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text())
+    if dtype == "bfloat16" and not has_bfloat16:
+        logger.warning("--dtype bfloat16: this processor has no instructions for it, so that it saves memory but no time.")
 
 
 def make_learning_rate(training_args: TrainingArguments, plan: Plan) -> optax.Schedule:
@@ -2079,6 +2166,107 @@ class CompiledStep:
         if self.compiled is None:
             self.compile(*args)
         return self.compiled(*args)
+
+
+def compile_steps(
+    model: FlaxPreTrainedModel, training_args: TrainingArguments, plan: Plan, mesh: Mesh
+) -> tuple[CompiledStep | None, CompiledStep, optax.GradientTransformation | None]:
+    """The programs of this run, compiled when first called: (training step, evaluation step, optimizer)."""
+    everywhere, per_row, per_micro_batch = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
+    model_loss_fn = functools.partial(loss_fn, model=model)
+    model_loss_fn = attention(training_args.attention_implementation, model)(model_loss_fn)
+    eval_step_fn = functools.partial(eval_step, loss_fn=model_loss_fn)
+    p_eval_step = CompiledStep("evaluation", eval_step_fn, mesh, (everywhere, per_row))
+    if not training_args.do_train:
+        return None, p_eval_step, None
+    learning_rate_fn = make_learning_rate(training_args, plan)
+    optimizer = make_optimizer(training_args, learning_rate_fn)
+    step_fn = functools.partial(train_step, loss_fn=model_loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)
+    p_train_step = CompiledStep("training", step_fn, mesh, (everywhere, per_micro_batch, everywhere), donate_argnums=(0,))
+    return p_train_step, p_eval_step, optimizer
+
+
+def start_or_resume(
+    params,
+    optimizer: optax.GradientTransformation,
+    training_args: TrainingArguments,
+    identity: Mapping[str, Any],
+    mesh: Mesh,
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """The state to train from, on every device; with a checkpoint also the progress it holds."""
+    create = functools.partial(create_train_state, optimizer=optimizer)
+    state = jax.jit(create, out_shardings=NamedSharding(mesh, PartitionSpec()), donate_argnums=0)(params)
+    if not training_args.resume_from_checkpoint:
+        return state, None
+    resume_from = training_args.resume_from_checkpoint
+    state, progress = restore_checkpoint(resume_from, training_args.output_dir, state, identity)
+    logger.info("Resuming after step %d", progress["step"])
+    return state, progress
+
+
+# ---- Scaffolding: training and evaluation --------------------------------------------------------------------------------
+
+
+def train(
+    state: TrainState,
+    batches: Iterable[DeviceBatch],
+    p_train_step: CompiledStep,
+    dropout_rng: jax.Array,
+    training_args: TrainingArguments,
+    log: "TrainingLog",
+    evaluator: "Evaluator",
+    saver: "Saver",
+    stop: "StopSignal",
+    position: dict | None,
+) -> TrainState:
+    """The training loop. One compiled call per step; then log, evaluate and save, each when it is due.
+
+    Raises:
+        Stopped: the run was told to stop; its state is saved.
+        NonFiniteError: training diverged.
+    """
+    step = int(state.step)
+
+    def evaluate_if_due():
+        if training_args.do_eval and training_args.eval_steps and step % training_args.eval_steps == 0 and step > 0:
+            evaluator(state.params, step, log.writer, stop)
+
+    def save():
+        progress = log.progress() | {"positions": gather_json(position), "evaluations": evaluator.history}
+        saver.save(step, state, progress)
+
+    try:
+        evaluate_if_due()  # where a resumed run was stopped in an evaluation
+        for batch in batches:
+            if p_train_step.compiled is None:
+                p_train_step.compile(state, batch.arrays, dropout_rng)
+                log.stopwatch.start()
+            stop.check(log.stop_agreed)
+            state, metrics = p_train_step(state, batch.arrays, dropout_rng)
+            step, position = step + 1, batch.position
+            log.add(step, metrics, batch.num_tokens)
+            if training_args.pauses_after(step):
+                log.fetch()
+                log.stopwatch.stop()
+                evaluate_if_due()
+                if step % training_args.save_steps == 0 and step < log.plan.num_steps:
+                    save()
+                log.stopwatch.start()
+        log.fetch()
+    except Stopped:
+        log.fetch()
+        log.stopwatch.stop()
+        save()
+        saver.wait()
+        check_all_is_saved(saver, None)
+        if saver.hub and training_args.hub_strategy != "end":
+            saver.hub.push(step, final=True)
+        raise
+    finally:
+        log.close()
+        saver.wait()
+    save()
+    return state
 
 
 class Stopwatch:
@@ -2238,14 +2426,6 @@ class TrainingLog:
         }
 
 
-def progress_bar(**kwargs) -> tqdm:
-    """A bar on standard error: lively on a terminal; in a log file a line a minute, and none for what is done sooner."""
-    if not sys.stderr.isatty():
-        bar_format = "{desc}: {n_fmt} of {total_fmt} ({elapsed} so far, {remaining} to go)\n"
-        kwargs |= {"mininterval": 60, "maxinterval": 60, "delay": 60, "bar_format": bar_format}
-    return tqdm(leave=False, dynamic_ncols=True, **kwargs)
-
-
 class Evaluator:
     """Metrics over all evaluation rows: every label counts once, whichever batch it is in."""
 
@@ -2289,66 +2469,32 @@ def add_sums(totals: Mapping[str, float], sums: Mapping[str, jax.Array]) -> dict
     return dict(totals) | {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
 
 
-def train(
-    state: TrainState,
-    batches: Iterable[DeviceBatch],
-    p_train_step: CompiledStep,
-    dropout_rng: jax.Array,
-    training_args: TrainingArguments,
-    log: TrainingLog,
-    evaluator: Evaluator,
-    saver: "Saver",
-    stop: StopSignal,
-    position: dict | None,
-) -> TrainState:
-    """The training loop. One compiled call per step; then log, evaluate and save, each when it is due.
+def open_writer(output_dir: str) -> Writer | None:
+    """The TensorBoard writer of process 0."""
+    return Writer(output_dir) if jax.process_index() == 0 else None
 
-    Raises:
-        Stopped: the run was told to stop; its state is saved.
-        NonFiniteError: training diverged.
-    """
-    step = int(state.step)
 
-    def evaluate_if_due():
-        if training_args.do_eval and training_args.eval_steps and step % training_args.eval_steps == 0 and step > 0:
-            evaluator(state.params, step, log.writer, stop)
+def open_training_writer(output_dir: str, progress: Mapping[str, Any] | None) -> Writer | None:
+    """The same for training; what an interrupted run wrote after the checkpoint that is resumed from is struck out."""
+    if jax.process_index() > 0:
+        return None
+    first, evaluations = 0, {}
+    if progress:
+        window = progress["window"]
+        first = window[0]["step"] if window else progress["step"] + 1  # points before it are written, those from it on not yet
+        evaluations = {int(step): metrics for step, metrics in progress["evaluations"].items() if int(step) >= first}
+    # TensorBoard drops points from this step on at every session start but the first, so a fresh run needs one too.
+    events = EventFileWriter(output_dir)
+    events.add_event(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
+    events.close()
+    writer = open_writer(output_dir)
+    for step, metrics in evaluations.items():
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+    return writer
 
-    def save():
-        progress = log.progress() | {"positions": gather_json(position), "evaluations": evaluator.history}
-        saver.save(step, state, progress)
 
-    try:
-        evaluate_if_due()  # where a resumed run was stopped in an evaluation
-        for batch in batches:
-            if p_train_step.compiled is None:
-                p_train_step.compile(state, batch.arrays, dropout_rng)
-                log.stopwatch.start()
-            stop.check(log.stop_agreed)
-            state, metrics = p_train_step(state, batch.arrays, dropout_rng)
-            step, position = step + 1, batch.position
-            log.add(step, metrics, batch.num_tokens)
-            if training_args.pauses_after(step):
-                log.fetch()
-                log.stopwatch.stop()
-                evaluate_if_due()
-                if step % training_args.save_steps == 0 and step < log.plan.num_steps:
-                    save()
-                log.stopwatch.start()
-        log.fetch()
-    except Stopped:
-        log.fetch()
-        log.stopwatch.stop()
-        save()
-        saver.wait()
-        check_all_is_saved(saver, None)
-        if saver.hub and training_args.hub_strategy != "end":
-            saver.hub.push(step, final=True)
-        raise
-    finally:
-        log.close()
-        saver.wait()
-    save()
-    return state
+# ---- Scaffolding: saving -------------------------------------------------------------------------------------------------
 
 
 def prepare_output_dir(training_args: TrainingArguments) -> None:
@@ -2449,6 +2595,218 @@ class Saver:
         reason = of_the_system[1].strip() if of_the_system else first_line(error)
         logger.error("Step %d could not be saved: %s. What was saved before is untouched.", self.saved_step, reason)
         shutil.rmtree(checkpoint_path(self.args.output_dir, self.saved_step) + TEMPORARY_SUFFIX, ignore_errors=True)
+
+
+def save_model(
+    output_dir: str,
+    model: FlaxPreTrainedModel,
+    params,
+    tokenizer: PreTrainedTokenizerBase,
+    save_safetensors: bool,
+) -> None:
+    """Write configuration, tokenizer and weights (NumPy arrays); each file appears whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as staging:
+        tokenizer.save_pretrained(staging)
+        model.save_pretrained(staging, params=params)
+        if save_safetensors:
+            path = os.path.join(staging, "model.safetensors")
+            save_file(pytorch_state_dict(params), path, metadata={"format": "pt"})
+            shutil.copymode(os.path.join(staging, "config.json"), path)  # safetensors keeps others from reading it
+        for name in sorted(os.listdir(staging)):
+            os.replace(os.path.join(staging, name), os.path.join(output_dir, name))
+
+
+def pytorch_state_dict(params) -> dict[str, np.ndarray]:
+    """Flax weights under PyTorch's names and in its layout: what transformers 5 and PyTorch load."""
+    state = {}
+    for (*module_path, leaf), array in flatten_dict(params).items():
+        array = np.asarray(array)
+        if leaf == "kernel" and array.ndim == 2:
+            array = array.T
+        leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
+        state[".".join((*module_path, leaf))] = np.ascontiguousarray(array)
+    # Families like BART, and LongT5, have three tables in PyTorch where the head has one of its own.
+    prefix = "" if any("LocalSelfAttention" in name or "TransientGlobalSelfAttention" in name for name in state) else "model."
+    if {f"{prefix}shared.weight", "lm_head.weight"} <= state.keys():
+        table = state[f"{prefix}shared.weight"]
+        state |= {f"{prefix}{side}.embed_tokens.weight": table for side in ("encoder", "decoder")}
+    return state
+
+
+def write_json(path: str, values: Mapping[str, Any]) -> None:
+    """Write standard JSON, whole or not at all: what is not a finite number becomes null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    write_text(path, json.dumps(finite, indent=4, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file, whole or not at all."""
+    Path(f"{path}.tmp").write_text(text, "utf-8")
+    os.replace(f"{path}.tmp", path)
+
+
+def write_results(training_args: TrainingArguments, name: str, values: Mapping[str, Any]) -> None:
+    """Write a JSON file of output_dir, from process 0."""
+    if jax.process_index() == 0:
+        write_json(os.path.join(training_args.output_dir, name), values)
+
+
+def public_arguments(*arguments: Any) -> dict[str, Any]:
+    """All flags of this run except the secret ones, which are those that don't show in a repr."""
+    return {f.name: getattr(part, f.name) for part in arguments for f in dataclasses.fields(part) if f.repr}
+
+
+def changed_arguments(*arguments: Any) -> str:
+    """The public flags that were set, as one would type them."""
+    defaults = {f.name: f.default for part in arguments for f in dataclasses.fields(part)}
+    return " ".join(f"--{k} {v}" for k, v in public_arguments(*arguments).items() if v != defaults[k])
+
+
+def run_info(*arguments: Any) -> dict[str, Any]:
+    """What is needed to run this again: arguments, versions, devices, and the commit of this script if it is in git."""
+    script = Path(__file__).resolve()
+    packages = ("transformers", "jax", "jaxlib", "flax", "optax", "datasets", "tokenizers", "numpy")
+    git = ["git", "-C", str(script.parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
+        "script": script.name,
+        "arguments": public_arguments(*arguments),
+        "versions": {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()},
+        "devices": [str(device) for device in jax.devices()],
+        "device_kind": jax.devices()[0].device_kind,
+        "git_commit": commit,
+    }
+
+
+# ---- Scaffolding: resuming -----------------------------------------------------------------------------------------------
+
+
+TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"  # of a checkpoint that is being written
+
+
+def checkpoint_path(output_dir: str, step: int) -> str:
+    return os.path.join(output_dir, f"checkpoint-{step}")
+
+
+def find_checkpoints(directory: str) -> list[tuple[int, str]]:
+    """The complete checkpoints of a directory, (step, path), newest first."""
+    found = (re.fullmatch(r"checkpoint-(\d+)", name) for name in os.listdir(directory))
+    return sorted(((int(match[1]), os.path.join(directory, match[0])) for match in found if match), reverse=True)
+
+
+def write_checksums(path: str) -> None:
+    """Note the checksum of each file of a checkpoint, so that damage is noticed that would still load."""
+    write_json(os.path.join(path, CHECKSUMS), file_checksums(path))
+
+
+CHECKSUMS = "checksums.json"
+
+
+def file_checksums(path: str) -> dict[str, int]:
+    """CRC-32 of all files below a directory, by relative name."""
+    checksums = {}
+    for file in sorted(Path(path).rglob("*")):
+        if file.is_file() and not file.name.startswith(CHECKSUMS):
+            checksum = 0
+            with file.open("rb") as stream:
+                while part := stream.read(2**22):
+                    checksum = zlib.crc32(part, checksum)
+            checksums[str(file.relative_to(path))] = checksum
+    return checksums
+
+
+def check_checksums(path: str) -> None:
+    """Raise ValueError if a file is not what it was; a run killed right after a save has left no checksums."""
+    noted = Path(path, CHECKSUMS)
+    if not noted.exists():
+        return
+    found = file_checksums(path)
+    for name, checksum in json.loads(noted.read_text()).items():
+        if found.get(name) != checksum:
+            raise ValueError(f"{name} is {'not what was written' if name in found else 'missing'}")
+
+
+def restore_checkpoint(
+    resume_from: str, output_dir: str, state: TrainState, identity: Mapping[str, Any]
+) -> tuple[TrainState, dict[str, Any]]:
+    """Read the checkpoint to go on from, (state, progress); where the newest is damaged, the one before it."""
+    source = os.path.abspath(output_dir if resume_from == "latest" else resume_from)
+    if not os.path.isdir(source):
+        fail(f"--resume_from_checkpoint {source}: no such directory")
+    paths = [source] if os.path.isdir(os.path.join(source, "state")) else [path for _, path in find_checkpoints(source)]
+    if not paths:
+        fail(f"--resume_from_checkpoint: there is no checkpoint in {source}; leave the flag out to start anew")
+    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    for path in paths:
+        try:
+            check_checksums(path)
+            progress = checkpointer.restore(path, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+            check_identity(progress["identity"], identity, path)
+            contents = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            return checkpointer.restore(path, args=contents)["state"], progress
+        except Exception as error:
+            logger.warning("%s is damaged and passed over: %s", path, first_line(error)[:200])
+            if jax.process_index() == 0 and len(paths) > 1:
+                os.replace(path, f"{path}.damaged")  # so that it does not count as the newest
+    fail(f"--resume_from_checkpoint: no checkpoint in {source} can be read; leave the flag out to start anew")
+
+
+# Flags that a resumed run may change: they decide what is written, where and when, not what is computed.
+FREE_FLAGS = {
+    "output_dir", "overwrite_output_dir", "do_train", "do_eval", "per_device_eval_batch_size", "logging_steps",
+    "logging_first_step", "save_steps", "save_total_limit", "save_safetensors", "eval_steps", "resume_from_checkpoint",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "multihost", "coordinator_address", "num_processes",
+    "process_id", "cache_dir", "overwrite_cache", "preprocessing_num_workers", "max_eval_samples", "trust_remote_code",
+    "validation_file", "validation_ref_file",
+    # Compared by what they yield: rows of tokens, a configuration, the size of a batch.
+    "train_file", "train_ref_file", "dataset_name", "dataset_config_name", "config_name", "config_overrides",
+    "model_name_or_path", "model_type", "tokenizer_name", "use_fast_tokenizer", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "num_train_epochs", "max_steps", "warmup_steps", "warmup_ratio",
+}  # fmt: skip
+
+
+def run_identity(arguments: Sequence[Any], config: PretrainedConfig, plan: Plan, data: Any) -> dict[str, Any]:
+    """Everything that a run's result follows from, by a name that a person understands."""
+    flags = {f"--{name}": value for name, value in public_arguments(*arguments).items() if name not in FREE_FLAGS}
+    configuration = {
+        f"the configuration's {name}": value
+        for name, value in json.loads(config.to_json_string(use_diff=False)).items()
+        if name not in ("transformers_version", "_name_or_path", "architectures", "torch_dtype", "dtype")
+    }
+    return {
+        **flags,
+        **configuration,
+        "the number of steps (--max_steps, --num_train_epochs)": plan.num_steps,
+        "the number of warmup steps (--warmup_steps, --warmup_ratio)": plan.num_warmup_steps,
+        "the batch size (--per_device_train_batch_size x devices x --gradient_accumulation_steps)": plan.train_batch_size,
+        "the training data (checksum)": data,
+    }
+
+
+def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any], path: str) -> None:
+    """Refuse to go on with other settings than those the checkpoint was made with."""
+    for name in [*current, *(saved.keys() - current.keys())]:
+        if saved.get(name) != current.get(name):
+            fail(
+                f"{name} is {current.get(name)}, but {path} was made with {saved.get(name)}: going on would not give what an"
+                " uninterrupted run gives; restore it, or start anew without --resume_from_checkpoint"
+            )
+
+
+def data_checksum(rows: TokenRows) -> int:
+    """A checksum of the number of rows and of up to a thousand of them."""
+    checksum = 0
+    for name, array in sorted(rows.items()):
+        sample = np.asarray(array[:: max(1, len(array) // 1000)])
+        checksum = zlib.crc32(sample.tobytes(), zlib.crc32(f"{name} {array.shape}".encode(), checksum))
+    return checksum
+
+
+# ---- Scaffolding: the Hub ------------------------------------------------------------------------------------------------
 
 
 class Hub:
@@ -2618,328 +2976,6 @@ def draw_curves(path: str, training: Sequence[tuple[int, float]], history: Mappi
     axes.legend()
     figure.savefig(f"{path}.tmp", format="png", dpi=120)
     os.replace(f"{path}.tmp", path)
-
-
-TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"  # of a checkpoint that is being written
-
-
-def checkpoint_path(output_dir: str, step: int) -> str:
-    return os.path.join(output_dir, f"checkpoint-{step}")
-
-
-def find_checkpoints(directory: str) -> list[tuple[int, str]]:
-    """The complete checkpoints of a directory, (step, path), newest first."""
-    found = (re.fullmatch(r"checkpoint-(\d+)", name) for name in os.listdir(directory))
-    return sorted(((int(match[1]), os.path.join(directory, match[0])) for match in found if match), reverse=True)
-
-
-def write_checksums(path: str) -> None:
-    """Note the checksum of each file of a checkpoint, so that damage is noticed that would still load."""
-    write_json(os.path.join(path, CHECKSUMS), file_checksums(path))
-
-
-CHECKSUMS = "checksums.json"
-
-
-def file_checksums(path: str) -> dict[str, int]:
-    """CRC-32 of all files below a directory, by relative name."""
-    checksums = {}
-    for file in sorted(Path(path).rglob("*")):
-        if file.is_file() and not file.name.startswith(CHECKSUMS):
-            checksum = 0
-            with file.open("rb") as stream:
-                while part := stream.read(2**22):
-                    checksum = zlib.crc32(part, checksum)
-            checksums[str(file.relative_to(path))] = checksum
-    return checksums
-
-
-def check_checksums(path: str) -> None:
-    """Raise ValueError if a file is not what it was; a run killed right after a save has left no checksums."""
-    noted = Path(path, CHECKSUMS)
-    if not noted.exists():
-        return
-    found = file_checksums(path)
-    for name, checksum in json.loads(noted.read_text()).items():
-        if found.get(name) != checksum:
-            raise ValueError(f"{name} is {'not what was written' if name in found else 'missing'}")
-
-
-def restore_checkpoint(
-    resume_from: str, output_dir: str, state: TrainState, identity: Mapping[str, Any]
-) -> tuple[TrainState, dict[str, Any]]:
-    """Read the checkpoint to go on from, (state, progress); where the newest is damaged, the one before it."""
-    source = os.path.abspath(output_dir if resume_from == "latest" else resume_from)
-    if not os.path.isdir(source):
-        fail(f"--resume_from_checkpoint {source}: no such directory")
-    paths = [source] if os.path.isdir(os.path.join(source, "state")) else [path for _, path in find_checkpoints(source)]
-    if not paths:
-        fail(f"--resume_from_checkpoint: there is no checkpoint in {source}; leave the flag out to start anew")
-    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    for path in paths:
-        try:
-            check_checksums(path)
-            progress = checkpointer.restore(path, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
-            check_identity(progress["identity"], identity, path)
-            contents = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            return checkpointer.restore(path, args=contents)["state"], progress
-        except Exception as error:
-            logger.warning("%s is damaged and passed over: %s", path, first_line(error)[:200])
-            if jax.process_index() == 0 and len(paths) > 1:
-                os.replace(path, f"{path}.damaged")  # so that it does not count as the newest
-    fail(f"--resume_from_checkpoint: no checkpoint in {source} can be read; leave the flag out to start anew")
-
-
-# Flags that a resumed run may change: they decide what is written, where and when, not what is computed.
-FREE_FLAGS = {
-    "output_dir", "overwrite_output_dir", "do_train", "do_eval", "per_device_eval_batch_size", "logging_steps",
-    "logging_first_step", "save_steps", "save_total_limit", "save_safetensors", "eval_steps", "resume_from_checkpoint",
-    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "multihost", "coordinator_address", "num_processes",
-    "process_id", "cache_dir", "overwrite_cache", "preprocessing_num_workers", "max_eval_samples", "trust_remote_code",
-    "validation_file", "validation_ref_file",
-    # Compared by what they yield: rows of tokens, a configuration, the size of a batch.
-    "train_file", "train_ref_file", "dataset_name", "dataset_config_name", "config_name", "config_overrides",
-    "model_name_or_path", "model_type", "tokenizer_name", "use_fast_tokenizer", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "num_train_epochs", "max_steps", "warmup_steps", "warmup_ratio",
-}  # fmt: skip
-
-
-def run_identity(arguments: Sequence[Any], config: PretrainedConfig, plan: Plan, data: Any) -> dict[str, Any]:
-    """Everything that a run's result follows from, by a name that a person understands."""
-    flags = {f"--{name}": value for name, value in public_arguments(*arguments).items() if name not in FREE_FLAGS}
-    configuration = {
-        f"the configuration's {name}": value
-        for name, value in json.loads(config.to_json_string(use_diff=False)).items()
-        if name not in ("transformers_version", "_name_or_path", "architectures", "torch_dtype", "dtype")
-    }
-    return {
-        **flags,
-        **configuration,
-        "the number of steps (--max_steps, --num_train_epochs)": plan.num_steps,
-        "the number of warmup steps (--warmup_steps, --warmup_ratio)": plan.num_warmup_steps,
-        "the batch size (--per_device_train_batch_size x devices x --gradient_accumulation_steps)": plan.train_batch_size,
-        "the training data (checksum)": data,
-    }
-
-
-def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any], path: str) -> None:
-    """Refuse to go on with other settings than those the checkpoint was made with."""
-    for name in [*current, *(saved.keys() - current.keys())]:
-        if saved.get(name) != current.get(name):
-            fail(
-                f"{name} is {current.get(name)}, but {path} was made with {saved.get(name)}: going on would not give what an"
-                " uninterrupted run gives; restore it, or start anew without --resume_from_checkpoint"
-            )
-
-
-def data_checksum(rows: TokenRows) -> int:
-    """A checksum of the number of rows and of up to a thousand of them."""
-    checksum = 0
-    for name, array in sorted(rows.items()):
-        sample = np.asarray(array[:: max(1, len(array) // 1000)])
-        checksum = zlib.crc32(sample.tobytes(), zlib.crc32(f"{name} {array.shape}".encode(), checksum))
-    return checksum
-
-
-def open_writer(output_dir: str) -> Writer | None:
-    """The TensorBoard writer of process 0."""
-    return Writer(output_dir) if jax.process_index() == 0 else None
-
-
-def open_training_writer(output_dir: str, progress: Mapping[str, Any] | None) -> Writer | None:
-    """The same for training; what an interrupted run wrote after the checkpoint that is resumed from is struck out."""
-    if jax.process_index() > 0:
-        return None
-    first, evaluations = 0, {}
-    if progress:
-        window = progress["window"]
-        first = window[0]["step"] if window else progress["step"] + 1  # points before it are written, those from it on not yet
-        evaluations = {int(step): metrics for step, metrics in progress["evaluations"].items() if int(step) >= first}
-    # TensorBoard drops points from this step on at every session start but the first, so a fresh run needs one too.
-    events = EventFileWriter(output_dir)
-    events.add_event(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
-    events.close()
-    writer = open_writer(output_dir)
-    for step, metrics in evaluations.items():
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-    return writer
-
-
-def save_model(
-    output_dir: str,
-    model: FlaxPreTrainedModel,
-    params,
-    tokenizer: PreTrainedTokenizerBase,
-    save_safetensors: bool,
-) -> None:
-    """Write configuration, tokenizer and weights (NumPy arrays); each file appears whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as staging:
-        tokenizer.save_pretrained(staging)
-        model.save_pretrained(staging, params=params)
-        if save_safetensors:
-            path = os.path.join(staging, "model.safetensors")
-            save_file(pytorch_state_dict(params), path, metadata={"format": "pt"})
-            shutil.copymode(os.path.join(staging, "config.json"), path)  # safetensors keeps others from reading it
-        for name in sorted(os.listdir(staging)):
-            os.replace(os.path.join(staging, name), os.path.join(output_dir, name))
-
-
-def pytorch_state_dict(params) -> dict[str, np.ndarray]:
-    """Flax weights under PyTorch's names and in its layout: what transformers 5 and PyTorch load."""
-    state = {}
-    for (*module_path, leaf), array in flatten_dict(params).items():
-        array = np.asarray(array)
-        if leaf == "kernel" and array.ndim == 2:
-            array = array.T
-        leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
-        state[".".join((*module_path, leaf))] = np.ascontiguousarray(array)
-    # Families like BART, and LongT5, have three tables in PyTorch where the head has one of its own.
-    prefix = "" if any("LocalSelfAttention" in name or "TransientGlobalSelfAttention" in name for name in state) else "model."
-    if {f"{prefix}shared.weight", "lm_head.weight"} <= state.keys():
-        table = state[f"{prefix}shared.weight"]
-        state |= {f"{prefix}{side}.embed_tokens.weight": table for side in ("encoder", "decoder")}
-    return state
-
-
-def write_json(path: str, values: Mapping[str, Any]) -> None:
-    """Write standard JSON, whole or not at all: what is not a finite number becomes null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    write_text(path, json.dumps(finite, indent=4, sort_keys=True, allow_nan=False) + "\n")
-
-
-def write_text(path: str, text: str) -> None:
-    """Write a file, whole or not at all."""
-    Path(f"{path}.tmp").write_text(text, "utf-8")
-    os.replace(f"{path}.tmp", path)
-
-
-def public_arguments(*arguments: Any) -> dict[str, Any]:
-    """All flags of this run except the secret ones, which are those that don't show in a repr."""
-    return {f.name: getattr(part, f.name) for part in arguments for f in dataclasses.fields(part) if f.repr}
-
-
-def changed_arguments(*arguments: Any) -> str:
-    """The public flags that were set, as one would type them."""
-    defaults = {f.name: f.default for part in arguments for f in dataclasses.fields(part)}
-    return " ".join(f"--{k} {v}" for k, v in public_arguments(*arguments).items() if v != defaults[k])
-
-
-def write_results(training_args: TrainingArguments, name: str, values: Mapping[str, Any]) -> None:
-    """Write a JSON file of output_dir, from process 0."""
-    if jax.process_index() == 0:
-        write_json(os.path.join(training_args.output_dir, name), values)
-
-
-def run_info(*arguments: Any) -> dict[str, Any]:
-    """What is needed to run this again: arguments, versions, devices, and the commit of this script if it is in git."""
-    script = Path(__file__).resolve()
-    packages = ("transformers", "jax", "jaxlib", "flax", "optax", "datasets", "tokenizers", "numpy")
-    git = ["git", "-C", str(script.parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    return {
-        "script": script.name,
-        "arguments": public_arguments(*arguments),
-        "versions": {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()},
-        "devices": [str(device) for device in jax.devices()],
-        "device_kind": jax.devices()[0].device_kind,
-        "git_commit": commit,
-    }
-
-
-def compile_steps(
-    model: FlaxPreTrainedModel, training_args: TrainingArguments, plan: Plan, mesh: Mesh
-) -> tuple[CompiledStep | None, CompiledStep, optax.GradientTransformation | None]:
-    """The programs of this run, compiled when first called: (training step, evaluation step, optimizer)."""
-    everywhere, per_row, per_micro_batch = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
-    model_loss_fn = functools.partial(loss_fn, model=model)
-    model_loss_fn = attention(training_args.attention_implementation, model)(model_loss_fn)
-    eval_step_fn = functools.partial(eval_step, loss_fn=model_loss_fn)
-    p_eval_step = CompiledStep("evaluation", eval_step_fn, mesh, (everywhere, per_row))
-    if not training_args.do_train:
-        return None, p_eval_step, None
-    learning_rate_fn = make_learning_rate(training_args, plan)
-    optimizer = make_optimizer(training_args, learning_rate_fn)
-    step_fn = functools.partial(train_step, loss_fn=model_loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)
-    p_train_step = CompiledStep("training", step_fn, mesh, (everywhere, per_micro_batch, everywhere), donate_argnums=(0,))
-    return p_train_step, p_eval_step, optimizer
-
-
-def start_or_resume(
-    params,
-    optimizer: optax.GradientTransformation,
-    training_args: TrainingArguments,
-    identity: Mapping[str, Any],
-    mesh: Mesh,
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """The state to train from, on every device; with a checkpoint also the progress it holds."""
-    create = functools.partial(create_train_state, optimizer=optimizer)
-    state = jax.jit(create, out_shardings=NamedSharding(mesh, PartitionSpec()), donate_argnums=0)(params)
-    if not training_args.resume_from_checkpoint:
-        return state, None
-    resume_from = training_args.resume_from_checkpoint
-    state, progress = restore_checkpoint(resume_from, training_args.output_dir, state, identity)
-    logger.info("Resuming after step %d", progress["step"])
-    return state, progress
-
-
-def log_plan(plan: Plan, num_rows: Mapping[str, int], row_length: int, params) -> None:
-    """Say what is about to happen, derived sizes first."""
-    num_params = sum(array.size for array in jax.tree.leaves(params))
-    logger.info(
-        "Model: %s parameters, on %d device(s) of kind %s", f"{num_params:,}", jax.device_count(), jax.devices()[0].device_kind
-    )
-    if plan.num_steps:
-        logger.info(
-            "Training: %s rows of %d tokens, %d rows = %s tokens per step, %d steps (%s per epoch), %d of them warmup",
-            f"{num_rows['train']:,}" if "train" in num_rows else "a stream of", row_length,
-            plan.train_batch_size, f"{plan.train_batch_size * row_length:,}",
-            plan.num_steps, plan.steps_per_epoch or "unknown", plan.num_warmup_steps,
-        )  # fmt: skip
-    if "validation" in num_rows:
-        logger.info("Evaluation: %s rows, %d rows per batch", f"{num_rows['validation']:,}", plan.eval_batch_size)
-
-
-def advise_on_cpu(dtype: str) -> None:
-    """Say what makes this machine faster or not, if its processor is what computes."""
-    if jax.default_backend() != "cpu" or not sys.platform.startswith("linux"):
-        return
-    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if huge_pages.exists() and "[madvise]" in huge_pages.read_text() and "hugetlb" not in os.environ.get("GLIBC_TUNABLES", ""):
-        logger.info("Faster with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment: arrays in huge pages.")
-    has_bfloat16 = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text())
-    if dtype == "bfloat16" and not has_bfloat16:
-        logger.warning("--dtype bfloat16: this processor has no instructions for it, so that it saves memory but no time.")
-
-
-def initialize_distributed(training_args: TrainingArguments) -> None:
-    """Join the other processes, if this run has several. Must come before anything else touches a device."""
-    if not (training_args.multihost or training_args.coordinator_address):
-        return
-    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    address = training_args.coordinator_address
-    try:
-        jax.distributed.initialize(address, training_args.num_processes, training_args.process_id)
-    except (ValueError, RuntimeError) as error:
-        fail(f"--multihost: the processes do not find each other: {first_line(error)}")
-    logger.info("Process %d of %d, with %d device(s)", jax.process_index(), jax.process_count(), jax.local_device_count())
-    if jax.process_index() > 0:
-        logger.setLevel(logging.WARNING)
-
-
-@contextlib.contextmanager
-def main_process_first():
-    """Let process 0 go through first, so that the others find what it put into a cache they share."""
-    if jax.process_count() > 1 and jax.process_index() > 0:
-        multihost_utils.sync_global_devices("process 0 first")
-    yield
-    if jax.process_count() > 1 and jax.process_index() == 0:
-        multihost_utils.sync_global_devices("process 0 first")
 
 
 # ---- Main ----------------------------------------------------------------------------------------------------------------
