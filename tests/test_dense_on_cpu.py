@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense layers as they are computed on a CPU: the numbers of flax's own, in another order, and native bfloat16."""
+"""Dense layers and sums as they are computed on a CPU: the numbers of flax's own, in another order, and native bfloat16."""
+
+import re
 
 import flax.linen as nn
 import jax
@@ -78,6 +80,33 @@ def test_bfloat16_gradients():
         for grad, expected_grad, dtype in zip(grads, expected, (jnp.bfloat16, jnp.float32), strict=True):
             assert grad.dtype == dtype
             np.testing.assert_allclose(grad.astype(jnp.float32), expected_grad, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_sum_over_the_first_axis(dtype):
+    array = jnp.asarray(np.random.default_rng(0).standard_normal((5, 3, 7)), dtype)
+    found = run_mlm_flax.sum_rows(array)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, np.asarray(array, np.float32).sum(0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "sum_of", "number"),
+    [  # of the bias of the vocabulary head; of T5's position biases, in encoder and decoder
+        ("roberta", rf":f32\[{SIZES['vocab_size']}\] = reduce_sum", 1),
+        ("t5", r":f32\[2,(\d+),\1\] = reduce_sum\[axes=\(0,\)", 2),
+    ],
+)
+def test_sums_of_long_rows_are_products(name, sum_of, number, monkeypatch):
+    """On a CPU; on other devices they are sums."""
+
+    def count():
+        plain, _, params = loss_fns(*MODELS[name], jnp.float32)
+        return len(re.findall(sum_of, str(jax.make_jaxpr(jax.grad(plain))(params))))
+
+    on_cpu = count()
+    monkeypatch.setattr(MODELS[name][0].jax, "default_backend", lambda: "gpu")
+    assert count() == on_cpu + number
 
 
 def test_other_devices_keep_what_flax_does(monkeypatch):
