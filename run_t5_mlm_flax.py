@@ -1022,9 +1022,12 @@ add_bias.defvjp(lambda scores, bias_V: (add_bias(scores, bias_V), bias_V), add_b
 
 
 def vocabulary_scores(head: nn.Module, variables: Mapping[str, Any], *args, **kwargs) -> jax.Array:
-    """What an unbound vocabulary head returns; a bias of its own is added outside of it, where its gradient is cheap."""
+    """What an unbound vocabulary head returns; a bias of its own is added outside of it, where its gradient is cheap.
+
+    So it is with heads that add their bias at the end, as those of transformers and flax do; others stay as they are.
+    """
     bias_V = variables["params"].get("bias")
-    if bias_V is None:
+    if bias_V is None or not type(head).__module__.startswith(("transformers.models.", "flax.")):
         return head.apply(variables, *args, **kwargs)
     params = {**variables["params"], "bias": jnp.zeros_like(bias_V)}
     return add_bias(head.apply({**variables, "params": params}, *args, **kwargs), bias_V)

@@ -109,6 +109,28 @@ def test_sums_of_long_rows_are_products(name, sum_of, number, monkeypatch):
     assert count() == on_cpu + number
 
 
+class HeadOfTheHub(nn.Module):
+    """A head as no class of transformers is: its bias is not the last thing it adds."""
+
+    @nn.compact
+    def __call__(self, hidden):
+        return nn.Dense(4, use_bias=False)(hidden) + 2 * self.param("bias", nn.initializers.ones, (4,))
+
+
+@pytest.mark.parametrize("head", [nn.Dense(4, bias_init=nn.initializers.ones), HeadOfTheHub()], ids=["flax", "hub"])
+def test_scores_with_a_bias(head):
+    hidden, rng = jnp.ones((3, 5)), jax.random.key(0)
+    variables = head.init(rng, hidden)
+    expected, found = (
+        jax.value_and_grad(lambda variables: (score(variables) ** 2).sum())(variables)  # noqa: B023
+        for score in (
+            lambda variables: head.apply(variables, hidden),
+            lambda variables: run_mlm_flax.vocabulary_scores(head, variables, hidden),
+        )
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+
+
 def test_other_devices_keep_what_flax_does(monkeypatch):
     _, on_cpu, params = loss_fns(*MODELS["gpt2"], jnp.float32)
     assert "matmul_bwd" in str(jax.make_jaxpr(on_cpu)(params))

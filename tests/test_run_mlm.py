@@ -161,8 +161,8 @@ def test_evaluation_does_not_depend_on_the_batch_size(roberta_dir, corpus, tmp_p
     for batch_size in (8, 9, 64):
         flags = ["--train_file", corpus, "--do_eval", "--max_eval_samples", 9, "--per_device_eval_batch_size", batch_size]
         results.append(run(tmp_path / str(batch_size), roberta_dir, *flags))
-    assert results[0] == pytest.approx(results[1], rel=1e-6)
-    assert results[0] == pytest.approx(results[2], rel=1e-6)
+    for other in results[1:]:  # a perplexity of 600 is rounded six times as coarsely as its loss
+        assert results[0] == pytest.approx(other, rel=1e-5)
 
 
 MODEL_TYPES = [config_class.model_type for config_class in script.FLAX_MODELS]
