@@ -1044,7 +1044,7 @@ def vocabulary_scores(head: nn.Module, variables: Mapping[str, Any], *args, **kw
 
     So it is with heads that add their bias at the end, as those of transformers and flax do; others stay as they are.
     """
-    bias_V = variables["params"].get("bias")
+    bias_V = variables.get("params", {}).get("bias")
     if bias_V is None or not type(head).__module__.startswith(("transformers.models.", "flax.")):
         return head.apply(variables, *args, **kwargs)
     params = {**variables["params"], "bias": jnp.zeros_like(bias_V)}
