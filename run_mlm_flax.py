@@ -2495,8 +2495,8 @@ class Saver:
 
     def report_failure(self, error: Exception) -> None:
         self.failed = True
-        of_the_system = re.search(r"([^:]+) \[os_error_code", str(error))  # at the end of a long line about orbax's files
-        reason = of_the_system[1].strip() if of_the_system else first_line(error)
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # somewhere in a long line about orbax's files
+        reason = os.strerror(int(code[1])) if code else first_line(error)
         logger.error("Step %d could not be saved: %s. What was saved before is untouched.", self.saved_step, reason)
         shutil.rmtree(checkpoint_path(self.args.output_dir, self.saved_step) + TEMPORARY_SUFFIX, ignore_errors=True)
 
