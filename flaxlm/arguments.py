@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags that all training scripts share, their limits, and checks of one against another."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import datasets
+from transformers import CONFIG_MAPPING, FlaxPreTrainedModel, PretrainedConfig
+
+from flaxlm import cli, files
+
+
+@dataclass
+class TrainingArguments:
+    """How to train: batch sizes, steps, optimizer, and what to write when. A step is one optimizer update."""
+
+    output_dir: str = field(metadata={"help": "Directory for weights, tokenizer, results and TensorBoard events."})
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Train into a non-empty output_dir; its old events and results are removed, weights replaced."},
+    )
+    do_train: bool = field(default=False, metadata={"help": "Train. With neither do_train nor do_eval, both are done."})
+    do_eval: bool = field(default=False, metadata={"help": "Evaluate, every eval_steps and at the end. Alone: only that."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Training rows per device and step."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Evaluation rows per device and step."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate; typically 1e-4 to 1e-3 from scratch."})
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "Decoupled decay, times the learning rate, of matrices; not of biases and norms."}
+    )
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW: decay of the first moment, in [0, 1)."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW: decay of the second moment, in [0, 1)."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW: added to the denominator."})
+    adafactor: bool = field(default=False, metadata={"help": "Adafactor instead of AdamW: far less optimizer memory."})
+    lamb: bool = field(
+        default=False, metadata={"help": "LAMB instead of AdamW, for very large batches; flags of AdamW hold for it too."}
+    )
+    lamb_no_bias_correction: bool = field(default=False, metadata={"help": "LAMB without Adam's bias correction."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this global norm; 0 does not clip."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training rows; fractions count."})
+    max_steps: int = field(
+        default=-1,
+        metadata={"aliases": ["--num_train_steps"], "help": "Number of steps; if positive, it overrides num_train_epochs."},
+    )
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = field(
+        default="linear", metadata={"help": "Learning rate after the warmup: down to zero in a line or a cosine, or kept."}
+    )
+    groupbert_schedule: bool = field(
+        default=False, metadata={"help": "Warmup along a square root instead of a line, then a line down to 1e-7 instead of 0."}
+    )
+    warmup_steps: int = field(default=0, metadata={"help": "Steps in which the learning rate grows linearly from zero."})
+    warmup_ratio: float = field(default=0.0, metadata={"help": "Warmup as a share of all steps, if warmup_steps is 0."})
+    logging_steps: int = field(default=500, metadata={"help": "Steps between two lines of the training log."})
+    logging_first_step: bool = field(default=False, metadata={"help": "Log the first step too."})
+    save_steps: int = field(default=500, metadata={"help": "Steps between two saves; the end is always saved."})
+    save_safetensors: bool = field(
+        default=True, metadata={"help": "Write model.safetensors in PyTorch layout beside flax_model.msgpack."}
+    )
+    eval_steps: int | None = field(default=None, metadata={"help": "Steps between two evaluations; unset: only at the end."})
+    seed: int = field(default=42, metadata={"help": "Everything random follows from it."})
+    attention_implementation: Literal["auto", "eager", "chunked", "xla", "cudnn"] = field(
+        default="auto",
+        metadata={
+            "help": "eager: as transformers' classes; chunked: exact, saves memory, fast on CPUs; xla, cudnn: "
+            "jax.nn.dot_product_attention, without attention dropout. auto: chunked on a CPU, else eager."
+        },
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, about 30%% more time."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Micro-batches in one update: multiplies the batch, not the memory."}
+    )
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep, the newest ones."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": "latest",
+            "help": "Go on from a checkpoint as if never stopped: from the newest in output_dir (bare flag), or from a path.",
+        },
+    )
+    multihost: bool = field(
+        default=False, metadata={"help": "Train with several processes, which find each other (TPU pod, SLURM, Open MPI)."}
+    )
+    coordinator_address: str | None = field(
+        default=None, metadata={"help": "host:port of process 0, where processes can't find each other; implies multihost."}
+    )
+    num_processes: int | None = field(default=None, metadata={"help": "Number of processes, with coordinator_address."})
+    process_id: int | None = field(default=None, metadata={"help": "Number of this process, from 0."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload output_dir to the Hub, in the background."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository. Unset: the name of output_dir."})
+    hub_token: str | None = field(
+        default=None, repr=False, metadata={"help": "Token to write with. Unset: the one of `hf auth login` or HF_TOKEN."}
+    )
+    hub_private_repo: bool = field(default=False, metadata={"help": "Create the repository as a private one."})
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = field(
+        default="every_save",
+        metadata={"help": "Upload at the end, at every save too, or with the newest training state as last-checkpoint."},
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model and tokenizer to start from."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Weights to start from, Flax or PyTorch layout (Hub id or directory). Unset: fresh."}
+    )
+    model_type: str | None = field(
+        default=None, metadata={"help": "Architecture with its default configuration, if no configuration is named."}
+    )
+    config_name: str | None = field(default=None, metadata={"help": "Configuration (Hub id or directory)."})
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Changes to the configuration of a fresh model: key=value,key=value."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer (Hub id or directory). Unset: the one of model_name_or_path."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and tokenised data are kept."})
+    model_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of the Hub repositories of configuration, tokenizer, weights."}
+    )
+    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use the Rust tokenizer."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={"help": "Precision of activations; weights and loss stay float32. float16 is refused, see the error."},
+    )
+    token: str | None = field(
+        default=None, repr=False, metadata={"help": "Hub token for private models and data; never logged or written."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a Hub repository."})
+
+
+@dataclass
+class DataArguments:
+    """Which text to train on. An objective adds its own flags, and may override the methods."""
+
+    row_length_flag: ClassVar[str] = "max_seq_length"  # the flag that sets the tokens per row
+    cuts_row_length: ClassVar[bool] = False  # what happens if it is more than the model can take: cut or refused
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # of the objective's own flags, as in LIMITS
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--dataset_path"],
+            "help": "Hub id, or a local directory (data files, or written by save_to_disk).",
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    data_dir: str | None = field(default=None, metadata={"help": "Directory within the dataset to take data files from."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Training text: txt, csv, json, jsonl or parquet, also .gz, .bz2 or .xz."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Evaluation text, formats as for train_file."})
+    text_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the text. Unset: 'text' if there is one, else the first text column."}
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise again even if a cached result exists."})
+    validation_split_percentage: int = field(
+        default=5, metadata={"help": "Percentage of rows drawn as validation set if the data has none."}
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Keep only the first n training rows of tokens."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Keep only the first n evaluation rows of tokens."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data while training instead of preparing it first; needs max_steps."}
+    )
+    shuffle_buffer_size: int = field(
+        default=10_000, metadata={"help": "streaming: texts in a window, whose rows of tokens are shuffled."}
+    )
+    num_eval_samples: int = field(
+        default=50_000, metadata={"help": "streaming: rows of tokens for evaluation, from the beginning, never trained on."}
+    )
+
+    def check(self, model_args: ModelArguments) -> None:
+        """Refuse impossible settings of the objective before anything is loaded."""
+
+    def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
+        """Set what the objective, or its rows of that many tokens, need of the model's configuration."""
+
+    def text_loader_options(self) -> dict[str, Any]:
+        """Options for reading txt files."""
+        return {}
+
+    def add_columns(self, dataset: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Add columns that the objective reads beside the text."""
+        return dataset
+
+    def source_column(self, dataset: datasets.Dataset, collator: Any) -> str:
+        """The column of which rows of tokens are made; mistakes in the data may be refused here."""
+        return files.find_text_column(dataset, self.text_column_name)
+
+    def reason_for_no_rows(self, text_column: str) -> str:
+        """Why all the data makes no row, and what to do; goes on from "the train data"."""
+        return f"holds no text in column {text_column}"
+
+
+class ModelClasses(NamedTuple):
+    """The models that an objective can train: transformers' auto class, and its Flax classes by their configurations'."""
+
+    auto_class: Any
+    by_config: Mapping[type[PretrainedConfig], type[FlaxPreTrainedModel]]
+
+    def types(self) -> str:
+        """A sentence listing them."""
+        return "supported are " + ", ".join(config_class.model_type for config_class in self.by_config)
+
+
+class Arguments(NamedTuple):
+    """All flags of a run."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+
+
+def parse(
+    argv: Sequence[str] | None, data_class: type[DataArguments], models: ModelClasses, description: str | None
+) -> Arguments:
+    """Read the command line (or its JSON file) and check all that can be checked without loading anything.
+
+    `data_class` has the objective's own flags beside those of DataArguments; `description` heads what --help prints.
+    """
+    parser = cli.ScriptArgumentParser(
+        (ModelArguments, data_class, TrainingArguments), description=(description or "").partition("\n")[0]
+    )
+    args = Arguments(*parser.parse(argv))
+    args.training.output_dir = os.path.expanduser(args.training.output_dir)
+    if not (args.training.do_train or args.training.do_eval):
+        args.training.do_train = args.training.do_eval = True
+    for part in args:
+        check_limits(part)
+    check_training_arguments(args.training)
+    check_data_arguments(args.data, args.training)
+    check_model_arguments(args.model, args.training, models)
+    check_output_dir(args.training)
+    args.data.check(args.model)
+    return args
+
+
+# Flag: (lowest, highest legal value, both included). An objective adds its own in DataArguments.limits.
+LIMITS = {
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "logging_steps": (1, math.inf),
+    "save_steps": (1, math.inf),
+    "save_total_limit": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "num_processes": (1, math.inf),
+    "process_id": (0, math.inf),
+    "shuffle_buffer_size": (1, math.inf),
+    "num_eval_samples": (1, math.inf),
+    "eval_steps": (1, math.inf),
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "adam_beta1": (0, math.nextafter(1, 0)),
+    "adam_beta2": (0, math.nextafter(1, 0)),
+    "adam_epsilon": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "num_train_epochs": (math.nextafter(0, 1), math.inf),
+    "warmup_steps": (0, math.inf),
+    "warmup_ratio": (0, 1),
+    "validation_split_percentage": (1, 99),
+    "max_seq_length": (1, math.inf),
+    "preprocessing_num_workers": (1, math.inf),
+    "max_train_samples": (1, math.inf),
+    "max_eval_samples": (1, math.inf),
+    "seed": (0, 2**32 - 1),
+}
+
+
+def check_limits(part: Any) -> None:
+    """Numbers that are possible at all."""
+    for name, value in vars(part).items():
+        low, high = (LIMITS | getattr(part, "limits", {})).get(name, (-math.inf, math.inf))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            cli.fail(f"--{name} {value}: must be {'more than 0' if 0 < low < 1e-9 else limits}")
+
+
+def check_training_arguments(training_args: TrainingArguments) -> None:
+    """Do length, optimizer, schedule and processes go together?"""
+    if training_args.max_steps == 0 or training_args.max_steps < -1:
+        cli.fail(f"--max_steps {training_args.max_steps}: must be at least 1, or -1 to train for --num_train_epochs")
+    if training_args.coordinator_address is None and (training_args.num_processes or training_args.process_id) is not None:
+        cli.fail("--num_processes, --process_id: need --coordinator_address host:port, the address of process 0")
+    if training_args.coordinator_address and None in (training_args.num_processes, training_args.process_id):
+        cli.fail("--coordinator_address: needs --num_processes and --process_id too")
+    if training_args.lamb and training_args.adafactor:
+        cli.fail("--lamb, --adafactor: name one optimizer")
+    if training_args.lamb_no_bias_correction and not training_args.lamb:
+        cli.fail("--lamb_no_bias_correction: changes LAMB; add --lamb or drop the flag")
+    if training_args.groupbert_schedule and training_args.lr_scheduler_type != "linear":
+        cli.fail(f"--lr_scheduler_type {training_args.lr_scheduler_type}: not with --groupbert_schedule, which is linear")
+
+
+def check_data_arguments(data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Is there data, and of a kind that can be read?"""
+    if data_args.streaming and training_args.do_train and training_args.max_steps < 1:
+        cli.fail("--streaming: needs --max_steps, since the length of a stream is not known")
+    if data_args.streaming and data_args.max_train_samples:
+        cli.fail("--max_train_samples: not with --streaming; --max_steps says how much is trained on")
+    if not (data_args.dataset_name or data_args.train_file or data_args.validation_file):
+        cli.fail("no data: give --dataset_name, or --train_file (and --validation_file)")
+    if training_args.do_train and not (data_args.dataset_name or data_args.train_file):
+        cli.fail("--do_train: needs --train_file or --dataset_name")
+    for name in ("train_file", "validation_file"):
+        if getattr(data_args, name):
+            files.check_text_file(getattr(data_args, name), f"--{name}")
+
+
+def check_model_arguments(model_args: ModelArguments, training_args: TrainingArguments, models: ModelClasses) -> None:
+    """Is it said which model, and which tokenizer; can it compute like that?"""
+    if not (model_args.config_name or model_args.model_name_or_path or model_args.model_type):
+        cli.fail("no model: give --config_name, --model_type or --model_name_or_path")
+    if not (model_args.tokenizer_name or model_args.model_name_or_path):
+        cli.fail("no tokenizer: give --tokenizer_name (prepare_model_dir.py trains one) or --model_name_or_path")
+    if model_args.model_type and model_args.model_type not in CONFIG_MAPPING:
+        cli.fail(f"--model_type {model_args.model_type}: unknown; {models.types()}")
+    if model_args.config_overrides and model_args.model_name_or_path:
+        cli.fail("--config_overrides: changes fresh models only; the weights of --model_name_or_path fix the configuration")
+    if model_args.dtype == "float16":
+        cli.fail("--dtype float16: would need loss scaling, which this script does not do; use bfloat16")
+    if training_args.attention_implementation == "cudnn" and model_args.dtype == "float32":
+        cli.fail("--attention_implementation cudnn: has no float32; add --dtype bfloat16, or use chunked")
+
+
+def check_output_dir(training_args: TrainingArguments) -> None:
+    """Is there a place for the results, and nothing in it that would be lost?"""
+    path = training_args.output_dir
+    if os.path.exists(path) and not os.path.isdir(path):
+        cli.fail(f"--output_dir {path}: is a file; name a directory")
+    occupied = os.path.isdir(path) and os.listdir(path)
+    may_be_occupied = training_args.overwrite_output_dir or training_args.resume_from_checkpoint
+    if training_args.do_train and occupied and not may_be_occupied:
+        cli.fail(f"--output_dir {path}: is not empty; name another or add --overwrite_output_dir")
+
+
+def public(*arguments: Any) -> dict[str, Any]:
+    """All flags of this run except the secret ones, which are those that don't show in a repr."""
+    return {f.name: getattr(part, f.name) for part in arguments for f in dataclasses.fields(part) if f.repr}
+
+
+def changed(*arguments: Any) -> str:
+    """The public flags that were set, as one would type them."""
+    defaults = {f.name: f.default for part in arguments for f in dataclasses.fields(part)}
+    return " ".join(f"--{k} {v}" for k, v in public(*arguments).items() if v != defaults[k])

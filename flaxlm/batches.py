@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches: how large and how many, which rows are in one, its noise, and on to the devices ahead of time."""
+
+import math
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flaxlm import arguments, cli, processes, randomness
+from flaxlm.streams import TextStream
+from flaxlm.token_rows import Collator, TokenRows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes that follow from flags, data and devices. "Rows" are rows of tokens; "local" means of this process."""
+
+    num_local_devices: int
+    num_processes: int
+    process_index: int
+    train_batch_size: int  # rows in one update, all processes
+    eval_batch_size: int
+    num_micro_batches: int
+    steps_per_epoch: int
+    num_steps: int
+    num_warmup_steps: int
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after `step` updates; 0 where its size is not known."""
+        return step / self.steps_per_epoch if self.steps_per_epoch else 0.0
+
+    def local_rows(self, batch_size: int) -> slice:
+        """Which rows of a batch this process prepares."""
+        size = self.local_size(batch_size)
+        return slice(self.process_index * size, (self.process_index + 1) * size)
+
+    def local_size(self, batch_size: int) -> int:
+        return batch_size // self.num_processes
+
+
+def make_plan(training_args: arguments.TrainingArguments, num_train_rows: int | None, row_length: int) -> Plan:
+    """Work out batch sizes and numbers of steps, and refuse what cannot train; a stream's number of rows is None."""
+    micro_batch_size = training_args.per_device_train_batch_size * jax.device_count()
+    train_batch_size = micro_batch_size * training_args.gradient_accumulation_steps
+    steps_per_epoch = (num_train_rows or 0) // train_batch_size
+    num_steps = num_warmup_steps = 0
+    if training_args.do_train:
+        if steps_per_epoch == 0 and num_train_rows is not None:
+            cli.fail(
+                f"the training data gives {num_train_rows} rows of {row_length} tokens, fewer than one batch of"
+                f" {train_batch_size}: lower --per_device_train_batch_size or the row length, or give more text"
+            )
+        num_steps = math.ceil(training_args.num_train_epochs * steps_per_epoch)
+        if training_args.max_steps > 0:
+            num_steps = training_args.max_steps
+        num_warmup_steps = training_args.warmup_steps or math.ceil(training_args.warmup_ratio * num_steps)
+        if num_warmup_steps >= num_steps:
+            flag = "--warmup_steps" if training_args.warmup_steps else "--warmup_ratio"
+            cli.fail(f"{flag}: a warmup of {num_warmup_steps} steps does not fit into {num_steps} steps of training")
+    return Plan(
+        num_local_devices=jax.local_device_count(),
+        num_processes=jax.process_count(),
+        process_index=jax.process_index(),
+        train_batch_size=train_batch_size,
+        eval_batch_size=training_args.per_device_eval_batch_size * jax.device_count(),
+        num_micro_batches=training_args.gradient_accumulation_steps,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        num_warmup_steps=num_warmup_steps,
+    )
+
+
+def train_batches(
+    train: TokenRows | TextStream,
+    collator: Collator,
+    plan: Plan,
+    seed: int,
+    first_step: int = 0,
+    position: Mapping[str, Any] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """This process's part of every training batch from `first_step` on, as arrays [A, ...].
+
+    Of a stream also with the "position" behind it, from which it goes on when it is given here.
+    """
+    if isinstance(train, TextStream):
+        return stream_batches(train, collator, plan, seed, first_step, position)
+    return epoch_batches(train, collator, plan, seed, first_step)
+
+
+def epoch_batches(
+    rows: TokenRows, collator: Collator, plan: Plan, seed: int, first_step: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Epochs of the same rows, each in a new order, its remainder left out."""
+    local, epoch_of_order = plan.local_rows(plan.train_batch_size), None
+    for step in range(first_step, plan.num_steps):
+        epoch, index = divmod(step, plan.steps_per_epoch)
+        if epoch != epoch_of_order:
+            order, epoch_of_order = randomness.host_rng(seed, "order", epoch).permutation(len(rows["input_ids"])), epoch
+        chosen = order[index * plan.train_batch_size :][local]
+        yield collate({name: np.asarray(array[chosen]) for name, array in rows.items()}, collator, plan, seed, step)
+
+
+def stream_batches(
+    stream: TextStream, collator: Collator, plan: Plan, seed: int, first_step: int, position: Mapping[str, Any] | None
+) -> Iterator[dict[str, Any]]:
+    """Rows of a stream in its own order, window after window."""
+    num_rows, rows_used = plan.local_size(plan.train_batch_size), position["rows_used"] if position else 0
+    windows = prefetch(stream.windows(position), depth=1)
+    rows, start = next(windows)
+    for step in range(first_step, plan.num_steps):
+        parts, missing = [], num_rows
+        while missing:
+            if rows_used == len(rows["input_ids"]):
+                (rows, start), rows_used = next(windows), 0
+            part = {name: array[rows_used : rows_used + missing] for name, array in rows.items()}
+            taken = len(part["input_ids"])
+            parts, missing, rows_used = [*parts, part], missing - taken, rows_used + taken
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in collator.columns}
+        yield collate(joined, collator, plan, seed, step) | {"position": start | {"rows_used": rows_used}}
+
+
+def collate(rows: TokenRows, collator: Collator, plan: Plan, seed: int, step: int) -> dict[str, np.ndarray]:
+    """Noise and labels for this process's rows of a training step, divided into micro-batches: arrays [A, ...]."""
+    local = plan.local_rows(plan.train_batch_size)
+    num_rows = local.stop - local.start
+    uniforms_NR = randomness.row_uniforms(seed, ("noise", step), local.start, num_rows, collator.draws_per_row)
+    batch = collator(rows, uniforms_NR, np.ones(num_rows, bool), plan.num_micro_batches * plan.num_local_devices)
+    return {name: array.reshape(plan.num_micro_batches, -1, *array.shape[1:]) for name, array in batch.items()}
+
+
+def eval_batches(rows: TokenRows, collator: Collator, plan: Plan, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """This process's part of every evaluation batch, in order; all rows, each with the same noise at every evaluation."""
+    num_rows = len(rows["input_ids"])
+    local = plan.local_rows(plan.eval_batch_size)
+    for first in range(0, num_rows, plan.eval_batch_size):
+        chosen = np.arange(first + local.start, first + local.stop)
+        draws = randomness.row_uniforms(seed, ("evaluation noise",), first + local.start, len(chosen), collator.draws_per_row)
+        found = {name: np.asarray(array[np.minimum(chosen, num_rows - 1)]) for name, array in rows.items()}
+        yield collator(found, draws, chosen < num_rows, plan.num_local_devices)
+
+
+class DeviceBatch(NamedTuple):
+    """A batch on the devices, how many tokens this process put into it, and where in a stream it ends (None: no stream)."""
+
+    arrays: dict[str, jax.Array]
+    num_tokens: int
+    position: dict | None
+
+
+def put_on_devices(
+    host_batches: Iterable[Mapping[str, Any]], mesh: Mesh, spec: PartitionSpec, stop: processes.StopSignal
+) -> Iterator[DeviceBatch]:
+    """Copy batches to the devices, in a background thread. Each carries the news whether this process was told to stop."""
+    sharding = NamedSharding(mesh, spec)
+
+    def put(batch):
+        batch = dict(batch)
+        position = batch.pop("position", None)
+        num_tokens = int(batch["attention_mask"].sum())  # padding is left out of "tokens per second"
+        num_micro_batches = batch["input_ids"].shape[: len(spec) - 1]
+        batch["stop"] = np.full((*num_micro_batches, jax.local_device_count()), stop.requested, np.int32)
+        arrays = {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+        return DeviceBatch(arrays, num_tokens, position)
+
+    return prefetch(map(put, host_batches))
+
+
+def prefetch(items: Iterable, depth: int = 2) -> Iterator:
+    """Iterate in a background thread that is up to `depth` items ahead. Its exceptions surface here, at once."""
+    ready: queue.Queue = queue.Queue(depth)
+    errors: list[BaseException] = []
+    stopped, finished = threading.Event(), threading.Event()
+
+    def work():
+        try:
+            for item in items:
+                while not stopped.is_set():
+                    try:
+                        ready.put(item, timeout=0.1)
+                        break
+                    except queue.Full:
+                        continue
+                if stopped.is_set():
+                    return
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            finished.set()
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while not errors:
+            try:
+                yield ready.get(timeout=0.1)
+            except queue.Empty:
+                if finished.is_set() and ready.empty():
+                    break
+        if errors:
+            raise errors[0]
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training state on disk: saved in the background, verified, rotated, restored; and what it must be restored with."""
+
+import concurrent.futures
+import copy
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from transformers import FlaxPreTrainedModel, PretrainedConfig, PreTrainedTokenizerBase
+
+from flaxlm import arguments, batches, cli, files, hub, outputs, sharding, weights
+
+logger = logging.getLogger(__name__)
+
+
+@jax.jit
+def copy_on_devices(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+class NotSavedError(cli.Accident):
+    """Training has ended, but its result is not where it should be."""
+
+
+class Saver:
+    """Writes training state and model in the background, one save at a time; uploads follow if there is a Hub.
+
+    The training state goes to `checkpoint-<step>`, complete or not at all, and the newest `save_total_limit` are kept.
+    """
+
+    def __init__(
+        self,
+        training_args: arguments.TrainingArguments,
+        model: FlaxPreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        identity: Mapping[str, Any],
+        uploads: hub.Hub | None,
+    ):
+        self.args, self.model, self.tokenizer, self.identity, self.hub = training_args, model, tokenizer, identity, uploads
+        self.checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self.executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="save")
+        self.job: concurrent.futures.Future | None = None
+        self.saved_step: int | None = None
+        self.resumed_step: int | None = None
+        self.failed = False
+
+    def save(self, step: int, state: sharding.TrainState, progress: Mapping[str, Any]) -> None:
+        """Copy the state, then write it in the background. A failure is reported; what was saved before stays."""
+        if step == self.saved_step:
+            return
+        self.wait()
+        self.saved_step, self.failed = step, False
+        logger.info("Saving step %d to %s", step, self.args.output_dir)
+        path = os.path.abspath(outputs.checkpoint_path(self.args.output_dir, step))
+        progress = copy.deepcopy(dict(progress)) | {"step": step, "identity": self.identity}  # written while training goes on
+        contents = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
+        try:
+            if step != self.resumed_step:
+                self.checkpointer.save(path, args=contents, force=True)
+            # The next step overwrites the weights in place, so the writer needs a copy; the devices make it.
+            self.job = self.executor.submit(self.write, copy_on_devices(state.params))
+        except Exception as error:
+            self.report_failure(error)
+
+    def resume(self, step: int) -> None:
+        """The checkpoint that is resumed from, if it is one of output_dir, is not written over."""
+        if os.path.isdir(outputs.checkpoint_path(self.args.output_dir, step)):
+            self.resumed_step = step
+
+    def write(self, params) -> None:
+        """Runs in the background: model files, then the end of the training state; then old ones go, and an upload begins."""
+        try:
+            if jax.process_index() == 0:
+                params = jax.tree.map(lambda array: np.asarray(array.addressable_data(0)), params)
+                weights.save_model(self.args.output_dir, self.model, params, self.tokenizer, self.args.save_safetensors)
+        finally:
+            self.checkpointer.wait_until_finished()
+        if jax.process_index() == 0:
+            write_checksums(outputs.checkpoint_path(self.args.output_dir, self.saved_step))
+            for _, path in outputs.find_checkpoints(self.args.output_dir)[self.args.save_total_limit :]:
+                shutil.rmtree(path, ignore_errors=True)
+        if self.hub:
+            self.hub.push(self.saved_step)
+
+    def wait(self) -> None:
+        """Wait until the last save is on disk."""
+        try:
+            if self.job:
+                self.job.result()
+        except Exception as error:
+            self.report_failure(error)
+        self.job = None
+
+    def report_failure(self, error: Exception) -> None:
+        self.failed = True
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # somewhere in a long line about orbax's files
+        reason = os.strerror(int(code[1])) if code else cli.first_line(error)
+        logger.error("Step %d could not be saved: %s. What was saved before is untouched.", self.saved_step, reason)
+        half_written = outputs.checkpoint_path(self.args.output_dir, self.saved_step) + outputs.TEMPORARY_SUFFIX
+        shutil.rmtree(half_written, ignore_errors=True)
+
+    def check(self) -> None:
+        """Raise NotSavedError if the last state did not get to the disk."""
+        if self.failed:
+            raise NotSavedError(
+                f"the state after the last step was not saved in {self.args.output_dir}; the log says why, earlier ones are"
+                " there"
+            )
+
+
+CHECKSUMS = "checksums.json"
+
+
+def write_checksums(path: str) -> None:
+    """Note the checksum of each file of a checkpoint, so that damage is noticed that would still load."""
+    files.write_json(os.path.join(path, CHECKSUMS), file_checksums(path))
+
+
+def file_checksums(path: str) -> dict[str, int]:
+    """CRC-32 of all files below a directory, by relative name."""
+    checksums = {}
+    for file in sorted(Path(path).rglob("*")):
+        if file.is_file() and not file.name.startswith(CHECKSUMS):
+            checksum = 0
+            with file.open("rb") as stream:
+                while part := stream.read(2**22):
+                    checksum = zlib.crc32(part, checksum)
+            checksums[str(file.relative_to(path))] = checksum
+    return checksums
+
+
+def check_checksums(path: str) -> None:
+    """Raise ValueError if a file is not what it was; a run killed right after a save has left no checksums."""
+    noted = Path(path, CHECKSUMS)
+    if not noted.exists():
+        return
+    found = file_checksums(path)
+    for name, checksum in json.loads(noted.read_text()).items():
+        if found.get(name) != checksum:
+            raise ValueError(f"{name} is {'not what was written' if name in found else 'missing'}")
+
+
+def restore(
+    resume_from: str, output_dir: str, state: sharding.TrainState, identity: Mapping[str, Any]
+) -> tuple[sharding.TrainState, dict[str, Any]]:
+    """Read the checkpoint to go on from, (state, progress); where the newest is damaged, the one before it."""
+    source = os.path.abspath(output_dir if resume_from == "latest" else resume_from)
+    if not os.path.isdir(source):
+        cli.fail(f"--resume_from_checkpoint {source}: no such directory")
+    paths = [source] if os.path.isdir(os.path.join(source, "state")) else [path for _, path in outputs.find_checkpoints(source)]
+    if not paths:
+        cli.fail(f"--resume_from_checkpoint: there is no checkpoint in {source}; leave the flag out to start anew")
+    for path in paths:
+        try:
+            return read_checkpoint(path, state, identity)
+        except cli.Mistake:
+            raise
+        except Exception as error:
+            logger.warning("%s is damaged and passed over: %s", path, cli.first_line(error)[:200])
+            if jax.process_index() == 0 and len(paths) > 1:
+                os.replace(path, f"{path}.damaged")  # so that it does not count as the newest
+    cli.fail(f"--resume_from_checkpoint: no checkpoint in {source} can be read; leave the flag out to start anew")
+
+
+def read_checkpoint(
+    path: str, state: sharding.TrainState, identity: Mapping[str, Any]
+) -> tuple[sharding.TrainState, dict[str, Any]]:
+    """(state, progress) of one checkpoint, in the shapes and places of `state`; raises whatever damage leads to."""
+    check_checksums(path)
+    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    progress = checkpointer.restore(path, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+    check_identity(progress["identity"], identity, path)
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    contents = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    return checkpointer.restore(path, args=contents)["state"], progress
+
+
+# Flags that a resumed run may change: they decide what is written, where and when, not what is computed.
+FREE_FLAGS = {
+    "output_dir", "overwrite_output_dir", "do_train", "do_eval", "per_device_eval_batch_size", "logging_steps",
+    "logging_first_step", "save_steps", "save_total_limit", "save_safetensors", "eval_steps", "resume_from_checkpoint",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "multihost", "coordinator_address", "num_processes",
+    "process_id", "cache_dir", "overwrite_cache", "preprocessing_num_workers", "max_eval_samples", "trust_remote_code",
+    "validation_file", "validation_ref_file",
+    # Compared by what they yield: rows of tokens, a configuration, the size of a batch.
+    "train_file", "train_ref_file", "dataset_name", "dataset_config_name", "config_name", "config_overrides",
+    "model_name_or_path", "model_type", "tokenizer_name", "use_fast_tokenizer", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "num_train_epochs", "max_steps", "warmup_steps", "warmup_ratio",
+}  # fmt: skip
+
+
+def run_identity(args: arguments.Arguments, config: PretrainedConfig, plan: batches.Plan, data: Any) -> dict[str, Any]:
+    """Everything that a run's result follows from, by a name that a person understands."""
+    flags = {f"--{name}": value for name, value in arguments.public(*args).items() if name not in FREE_FLAGS}
+    configuration = {
+        f"the configuration's {name}": value
+        for name, value in json.loads(config.to_json_string(use_diff=False)).items()
+        if name not in ("transformers_version", "_name_or_path", "architectures", "torch_dtype", "dtype")
+    }
+    return {
+        **flags,
+        **configuration,
+        "the number of steps (--max_steps, --num_train_epochs)": plan.num_steps,
+        "the number of warmup steps (--warmup_steps, --warmup_ratio)": plan.num_warmup_steps,
+        "the batch size (--per_device_train_batch_size x devices x --gradient_accumulation_steps)": plan.train_batch_size,
+        "the training data (checksum)": data,
+    }
+
+
+def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any], path: str) -> None:
+    """Refuse to go on with other settings than those the checkpoint was made with."""
+    for name in [*current, *(saved.keys() - current.keys())]:
+        if saved.get(name) != current.get(name):
+            cli.fail(
+                f"{name} is {current.get(name)}, but {path} was made with {saved.get(name)}: going on would not give what an"
+                " uninterrupted run gives; restore it, or start anew without --resume_from_checkpoint"
+            )

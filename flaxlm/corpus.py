@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a run: prepared before it begins, or streamed."""
+
+from typing import NamedTuple
+
+from flaxlm import arguments, processes, streams, text, token_rows
+from flaxlm.streams import TextStream
+from flaxlm.token_rows import Collator, TokenizeFn, TokenRows
+
+
+class Corpus(NamedTuple):
+    """What is trained on and what is evaluated; None where this run does not."""
+
+    train: TokenRows | TextStream | None
+    validation: TokenRows | None
+    identity: str | int | None  # a resumed run must have the same
+
+    @property
+    def num_train_rows(self) -> int | None:
+        """None where it is not known, that is with a stream."""
+        return None if isinstance(self.train, TextStream) else num_rows(self.train)
+
+    @property
+    def num_validation_rows(self) -> int:
+        return num_rows(self.validation)
+
+
+def num_rows(rows: TokenRows | None) -> int:
+    return len(rows["input_ids"]) if rows else 0
+
+
+def prepare(args: arguments.Arguments, tokenize_fn: TokenizeFn, collator: Collator) -> Corpus:
+    """Text to rows of tokens. `tokenize_fn` and `collator` are the objective's; the other arguments say which text."""
+    if args.data.streaming:
+        train, validation = streams.open_streams(args, tokenize_fn, collator)
+        identity = streams.stream_name(args.data) if train else None
+    else:
+        with processes.main_first():
+            splits = text.load_splits(args)
+            rows = token_rows.tokenize_and_group(splits, tokenize_fn, collator, args.data, args.model.cache_dir)
+        train, validation = rows.get("train"), rows.get("validation")
+        train = train and first_rows(train, args.data.max_train_samples)
+        identity = train and token_rows.checksum(train)
+    return Corpus(train, validation and first_rows(validation, args.data.max_eval_samples), identity)
+
+
+def first_rows(rows: TokenRows, limit: int | None) -> TokenRows:
+    return {name: array[:limit] for name, array in rows.items()}

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Uploads to the Hugging Face Hub, in the background."""
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import huggingface_hub
+import requests
+
+from flaxlm import arguments, cli, outputs, processes
+
+logger = logging.getLogger(__name__)
+
+
+class NotUploadedError(cli.Accident):
+    """Training has ended, but its result is not on the Hub."""
+
+
+def connect(training_args: arguments.TrainingArguments) -> "Hub | None":
+    """The repository to upload to, created if need be; None if nothing is to be uploaded, or by another process."""
+    return Hub(training_args) if training_args.push_to_hub and processes.is_main() else None
+
+
+class Hub:
+    """Uploads to the Hugging Face Hub in the background, one at a time; training never waits for them.
+
+    A failed upload is tried again, then reported; the next one brings everything that it would have brought.
+    """
+
+    NUM_TRIES = 5
+    TIMEOUT = 120.0  # seconds without an answer after which a request counts as failed
+
+    def __init__(self, training_args: arguments.TrainingArguments):
+        self.args, self.failed, self.thread = training_args, False, None
+        name = training_args.hub_model_id or os.path.basename(os.path.abspath(training_args.output_dir))
+        huggingface_hub.configure_http_backend(self.make_session)
+        self.api = huggingface_hub.HfApi(token=training_args.hub_token)
+        try:
+            url = self.api.create_repo(name, private=training_args.hub_private_repo or None, exist_ok=True)
+            self.repo_id = url.repo_id
+        except (OSError, ValueError) as error:
+            cli.fail(f"--push_to_hub: the repository {name} cannot be created: {self.describe(error)}")
+        logger.info("Uploading to %s", url)
+
+    def make_session(self) -> requests.Session:
+        """The client waits for an answer without end, so set a limit."""
+        session = requests.Session()
+        send = session.send
+        session.send = lambda request, **kwargs: send(request, **kwargs | {"timeout": kwargs.get("timeout") or self.TIMEOUT})
+        return session
+
+    def push(self, step: int, final: bool = False) -> None:
+        """Upload what output_dir holds now; while an upload is under way only the final one waits for it and follows."""
+        if final:
+            logger.info("Uploading to the Hub: the last state")
+            self.join()
+        elif (self.thread and self.thread.is_alive()) or self.args.hub_strategy == "end":
+            return
+        self.thread = threading.Thread(target=self.upload, args=(step, self.snapshot(step), final), name="upload", daemon=True)
+        self.thread.start()
+        if final:
+            self.join()
+
+    def join(self) -> None:
+        if self.thread:
+            self.thread.join()
+
+    def snapshot(self, step: int) -> tempfile.TemporaryDirectory:
+        """The files to upload as they are now: linked, since training replaces them whole; events copied, since they grow."""
+        source = Path(self.args.output_dir)
+        snapshot = tempfile.TemporaryDirectory(dir=source, prefix=".saving-")
+        for path in source.iterdir():
+            if path.is_file() and path.suffix != ".tmp":
+                copy_file = shutil.copy2 if path.name.startswith("events.out.tfevents") else os.link
+                copy_file(path, os.path.join(snapshot.name, path.name))
+        checkpoint = outputs.checkpoint_path(self.args.output_dir, step)
+        if self.args.hub_strategy == "checkpoint" and os.path.isdir(checkpoint):
+            shutil.copytree(checkpoint, os.path.join(snapshot.name, "last-checkpoint"), copy_function=os.link)
+        return snapshot
+
+    def upload(self, step: int, snapshot: tempfile.TemporaryDirectory, final: bool) -> None:
+        message = f"Step {step}, the last of this run" if final else f"Step {step}"
+        with snapshot:
+            for attempt in range(self.NUM_TRIES):
+                try:
+                    replaced = ["last-checkpoint/**"] if self.args.hub_strategy == "checkpoint" else None
+                    self.api.upload_folder(
+                        repo_id=self.repo_id, folder_path=snapshot.name, commit_message=message, delete_patterns=replaced
+                    )
+                    self.failed = False
+                    return
+                except Exception as error:
+                    self.failed = True
+                    logger.warning("Upload of step %d failed: %s", step, self.describe(error))
+                    if not self.is_temporary(error) or attempt == self.NUM_TRIES - 1:
+                        break
+                    time.sleep(min(2.0**attempt, 30))
+        logger.error("Step %d is not on the Hub; training goes on. By hand: %s", step, self.by_hand())
+
+    def check(self) -> None:
+        """Raise NotUploadedError if the last upload failed."""
+        if self.failed:
+            raise NotUploadedError(f"the last upload failed; the files are all here, to upload them: {self.by_hand()}")
+
+    def by_hand(self) -> str:
+        return f"hf upload {self.repo_id} {self.args.output_dir} . --exclude 'checkpoint-*' '.saving-*'"
+
+    @staticmethod
+    def describe(error: BaseException) -> str:
+        """The reason in a line; the client hides it behind errors of its own."""
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        reason = {401: "the token is wrong or missing", 403: "the token may not write there"}.get(status, cli.first_line(cause))
+        return f"{reason} (HTTP {status})" if status else reason
+
+    @staticmethod
+    def is_temporary(error: BaseException) -> bool:
+        """Is it worth trying again: no answer, a server in trouble, too many requests?"""
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status is not None:
+            return status in (408, 429) or status >= 500
+        return isinstance(cause, requests.RequestException)

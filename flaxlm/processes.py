@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes that train together: joining them, who goes first, gathering; and being told to stop, all at one step."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from flaxlm import arguments, cli
+
+logger = logging.getLogger(__name__)
+
+
+def join(training_args: arguments.TrainingArguments) -> None:
+    """Join the other processes, if this run has several. Must come before anything else touches a device."""
+    if not (training_args.multihost or training_args.coordinator_address):
+        return
+    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    address = training_args.coordinator_address
+    try:
+        jax.distributed.initialize(address, training_args.num_processes, training_args.process_id)
+    except (ValueError, RuntimeError) as error:
+        cli.fail(f"--multihost: the processes do not find each other: {cli.first_line(error)}")
+    logger.info("Process %d of %d, with %d device(s)", jax.process_index(), jax.process_count(), jax.local_device_count())
+    if jax.process_index() > 0:
+        cli.logger.setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def main_first():
+    """Let process 0 go through first, so that the others find what it put into a cache they share."""
+    if jax.process_count() > 1 and jax.process_index() > 0:
+        multihost_utils.sync_global_devices("process 0 first")
+    yield
+    if jax.process_count() > 1 and jax.process_index() == 0:
+        multihost_utils.sync_global_devices("process 0 first")
+
+
+def is_main() -> bool:
+    """Is this the process that writes files, uploads and talks?"""
+    return jax.process_index() == 0
+
+
+def gather_json(value: Any) -> list[Any]:
+    """The values of all processes, in order, on each of them."""
+    if jax.process_count() == 1:
+        return [value]
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(encoded)))
+    padded = multihost_utils.process_allgather(np.pad(encoded, (0, sizes.max() - len(encoded))))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(padded, sizes, strict=True)]
+
+
+def gather_rows(rows: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The rows of all processes, in order of the processes, on each of them."""
+    if jax.process_count() == 1:
+        return rows
+    fewest = int(multihost_utils.process_allgather(np.array(len(rows["input_ids"]))).min())
+    gathered = {name: multihost_utils.process_allgather(array[:fewest]) for name, array in rows.items()}
+    return {name: array.reshape(-1, array.shape[-1]) for name, array in gathered.items()}
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask the run to save and end; a second SIGINT ends it at once."""
+
+    def __init__(self):
+        self.requested, self.previous = 0, {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self.previous[signum] = signal.signal(signum, self.handle)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def check(self, agreed: bool) -> None:
+        """Raise Stopped if all processes agreed to stop; a single process has nobody to ask."""
+        if agreed or (self.requested and jax.process_count() == 1):
+            raise Stopped(self.requested or signal.SIGTERM)
+
+    def handle(self, signum: int, frame) -> None:
+        if self.requested and signum == signal.SIGINT:
+            os._exit(128 + signum)
+        self.requested = signum
+        name = signal.Signals(signum).name
+        logger.warning("%s: finishing the step, then saving. Interrupt again to end at once.", name)
+
+
+class Stopped(cli.Ending):
+    """The run was told to stop, and all processes know it."""
+
+    def __init__(self, signum: int):
+        super().__init__("stopped as asked; to go on, run the same command with --resume_from_checkpoint")
+        self.status = 128 + signum

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run keeps between its steps: where it is, what is due, log, saves, uploads, and the signal to stop."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+from transformers import FlaxPreTrainedModel, PreTrainedTokenizerBase
+
+from flaxlm import arguments, batches, cards, checkpoints, cli, corpus, files, hub, logs, processes, sharding
+
+
+class Run:
+    """Used by the loop of a script, which has the state and calls the steps:
+
+        with run:                                  # SIGTERM and SIGINT ask it to stop, from here on
+            state = run.start(state)               # or the one of a checkpoint
+            with run.training():                   # stopped within, it saves; at the end it saves too
+                for batch in ...:
+                    run.begin_step()
+                    state, metrics = p_train_step(state, batch.arrays, dropout_rng)
+                    run.end_step(state, metrics, batch)
+                    if run.is_due("save"):
+                        run.save()
+            run.finish()                           # results, model card, the last upload
+
+    `step` counts completed updates; `position` is where a stream has been read to; `evaluations` are metrics by step;
+    `results` is what train_results.json and eval_results.json say. `script` is the path of the script, for its record.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        args: arguments.Arguments,
+        data: corpus.Corpus,
+        plan: batches.Plan,
+        model: FlaxPreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        uploads: hub.Hub | None,
+    ):
+        self.script, self.args, self.data, self.plan = script, args, data, plan
+        self.model, self.tokenizer, self.hub = model, tokenizer, uploads
+        self.stop, self.exits = processes.StopSignal(), contextlib.ExitStack()
+        self.saver: checkpoints.Saver | None = None
+        self.log: logs.TrainingLog | None = None
+        self.writer: logs.Writer | None = None
+        self.state: sharding.TrainState | None = None
+        self.step, self.position = 0, None
+        self.evaluations: dict[int, dict[str, float]] = {}
+        self.results: dict[str, float] = {}
+
+    def __enter__(self) -> "Run":
+        self.exits.enter_context(self.stop)
+        self.exits.enter_context(cli.log_above_bars())
+        if not self.args.training.do_train:
+            self.write("run_info.json", cards.run_info(self.script, self.args))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.exits.close()
+
+    def start(self, state: sharding.TrainState) -> sharding.TrainState:
+        """The state to train from: the one given or, with --resume_from_checkpoint, the one of a checkpoint."""
+        training_args, progress = self.args.training, None
+        identity = checkpoints.run_identity(self.args, self.model.config, self.plan, self.data.identity)
+        self.saver = checkpoints.Saver(training_args, self.model, self.tokenizer, identity, self.hub)
+        if training_args.resume_from_checkpoint:
+            resume_from, output_dir = training_args.resume_from_checkpoint, training_args.output_dir
+            state, progress = checkpoints.restore(resume_from, output_dir, state, identity)
+            cli.logger.info("Resuming after step %d", progress["step"])
+        self.write("run_info.json", cards.run_info(self.script, self.args))
+        self.writer = logs.open_training_writer(training_args.output_dir, progress)
+        self.log = logs.TrainingLog(training_args, self.plan, self.writer)
+        if progress:
+            self.log.resume(progress)
+            self.saver.resume(progress["step"])
+            self.evaluations = {int(step): metrics for step, metrics in progress["evaluations"].items()}
+            self.position = progress["positions"][self.plan.process_index]
+        self.state, self.step = state, int(state.step)
+        return state
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Around the loop: the state is saved at its end, also when it is told to stop.
+
+        Raises:
+            Stopped: it was told to stop; the state is saved.
+            NonFiniteError: training diverged.
+        """
+        try:
+            yield
+            self.log.fetch()
+        except processes.Stopped:
+            self.log.fetch()
+            self.log.stopwatch.stop()
+            self.save()
+            self.saver.wait()
+            self.saver.check()
+            if self.hub and self.args.training.hub_strategy != "end":
+                self.hub.push(self.step, final=True)
+            raise
+        finally:
+            self.log.close()
+            self.saver.wait()
+        self.save()
+        self.saver.wait()
+        self.results |= self.log.results(self.data.num_train_rows)
+        self.write("train_results.json", self.results)
+
+    def begin_step(self) -> None:
+        """Raise Stopped if all processes were told to stop; the clock of training runs from here on."""
+        if self.log.stopwatch.started is None:
+            self.log.stopwatch.start()
+        self.stop.check(self.log.stop_agreed)
+
+    def end_step(self, state: sharding.TrainState, metrics: Mapping[str, jax.Array], batch: batches.DeviceBatch) -> None:
+        """Take what a step gave. Its metrics are fetched at the next step, or now if something is due, which is not timed."""
+        self.step, self.state, self.position = self.step + 1, state, batch.position
+        self.log.add(self.step, metrics, batch.num_tokens)
+        if self.is_due("eval") or self.is_due("save"):
+            self.log.fetch()
+            self.log.stopwatch.stop()
+
+    def is_due(self, what: Literal["eval", "save", "last eval"]) -> bool:
+        """After this step? What is evaluated already is not due; nor is the last save, which `training` makes."""
+        training_args = self.args.training
+        if what == "save":
+            return self.step % training_args.save_steps == 0 and self.step < self.plan.num_steps
+        if not training_args.do_eval or self.step in self.evaluations:
+            return False
+        at_intervals = training_args.eval_steps and self.step > 0 and self.step % training_args.eval_steps == 0
+        return what == "last eval" or bool(at_intervals)
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Note the metrics of an evaluation, in the log and in TensorBoard."""
+        self.evaluations[self.step] = metrics
+        figures = ", ".join(f"{name[5:]} {value:.4f}" for name, value in metrics.items())
+        cli.logger.info("evaluation at step %d: %s", self.step, figures)
+        if self.writer is None:
+            self.writer = logs.open_writer(self.args.training.output_dir)
+        if self.writer:
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, self.step)
+            self.writer.flush()
+
+    def save(self) -> None:
+        """Save the state after this step and the model, in the background; an upload follows."""
+        progress = {"positions": processes.gather_json(self.position), "evaluations": self.evaluations}
+        self.saver.save(self.step, self.state, self.log.progress() | progress)
+
+    def finish(self) -> None:
+        """Write what there is to say at the end, upload, and tell by an error if the last state is not where it should be."""
+        if self.args.training.do_eval:
+            self.write("eval_results.json", self.evaluations[self.step])
+            self.results |= self.evaluations[self.step]
+        if self.writer:
+            self.writer.close()
+        if self.writer and self.log:
+            repo_id, curve = self.hub and self.hub.repo_id, self.log.curve
+            cards.write_model_card(self.script, self.args, self.model, curve, self.results, self.evaluations, repo_id)
+        if self.hub:
+            self.hub.push(self.step, final=True)
+        if self.saver:
+            self.saver.check()
+        if self.hub:
+            self.hub.check()
+
+    def write(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write a JSON file of output_dir, from process 0."""
+        if processes.is_main():
+            files.write_json(os.path.join(self.args.training.output_dir, name), values)
