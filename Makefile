@@ -8,7 +8,7 @@ BUILD := quickstart/build
 # Large arrays in huge pages: on Linux CPUs a training step spends up to a third of its time on page faults without.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: quickstart quickstart-clm quickstart-t5 quickstart-bart quickstart-nsp test test-torch test-faults bench bench-vocab-head bench-host-pipeline bench-preprocessing bench-first-step check-copies fix-copies style check-style clean
+.PHONY: quickstart quickstart-clm quickstart-t5 quickstart-bart quickstart-nsp test test-torch test-faults bench bench-vocab-head bench-host-pipeline bench-preprocessing bench-first-step style check-style clean
 
 $(VENV)/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -85,10 +85,6 @@ bench-preprocessing: $(VENV)/runtime
 ## bench-first-step: from the command to the first step of training, with an empty and with a filled compilation cache
 bench-first-step: $(VENV)/runtime
 	$(RUN) benchmarks/time_to_first_step.py
-
-## check-copies, fix-copies: functions that scripts share have one source; copy it from run_mlm_flax.py
-check-copies fix-copies: $(VENV)/development
-	$(RUN) utils/check_copies.py $(if $(filter fix-copies,$@),--fix)
 
 ## style: format and lint
 style: $(VENV)/development

@@ -13,33 +13,26 @@ of positions is its limit too; T5 has none. Same data, flags and seed give the s
 command to train. t5 and mt5 need t5_tokenizer_model.py beside this script; the other types need nothing.
 """
 
-import dataclasses
-import glob
 import importlib.util
-import json
-import logging
 import math
 import os
 import shlex
 import sys
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
     BartTokenizerFast,
     BertTokenizerFast,
     GPT2TokenizerFast,
-    HfArgumentParser,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     RobertaTokenizerFast,
@@ -47,7 +40,27 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-logger = logging.getLogger(__name__)
+VERSION = "0.2.0"  # of the package flaxlm that this script was written for
+try:
+    import flaxlm
+
+    if flaxlm.__version__ != VERSION:
+        raise ImportError(f"there is {flaxlm.__version__} in {Path(flaxlm.__file__).parent}")
+    from flaxlm import (
+        arguments,
+        cli,
+        files,
+        pretrained,
+        randomness,
+    )
+except ImportError as error:
+    print(
+        f"{Path(__file__).name}: error: needs the package flaxlm {VERSION} ({error}): install it, from a clone of this script's"
+        " repository with `pip install .`, or copy the folder flaxlm from there beside this script",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
+
 DEFAULT_MIN_FREQUENCY = 2
 
 
@@ -117,27 +130,27 @@ class PrepareArguments:
 
 def read_arguments(argv: Sequence[str] | None) -> PrepareArguments:
     """Read the command line (or its JSON file) and check all that can be checked without loading anything."""
-    parser = ScriptArgumentParser(PrepareArguments, description=__doc__.splitlines()[0])
-    (args,) = parser.parse(sys.argv[1:] if argv is None else argv)
+    parser = cli.ScriptArgumentParser(PrepareArguments, description=__doc__.splitlines()[0])
+    (args,) = parser.parse(argv)
     args.output_dir = os.path.expanduser(args.output_dir)
     if args.model_type is None and args.config_name is None:
-        fail(f"no model: give --model_type ({', '.join(FAMILIES)}) or --config_name")
+        cli.fail(f"no model: give --model_type ({', '.join(FAMILIES)}) or --config_name")
     if args.model_type is not None and args.model_type not in FAMILIES:
-        fail(f"--model_type {args.model_type}: not supported; choose {', '.join(FAMILIES)}")
+        cli.fail(f"--model_type {args.model_type}: not supported; choose {', '.join(FAMILIES)}")
     if args.train_file and args.dataset_name:
-        fail("--train_file and --dataset_name: give one of them, not both")
+        cli.fail("--train_file and --dataset_name: give one of them, not both")
     if not (args.train_file or args.dataset_name):
-        fail("no data: give --train_file or --dataset_name")
+        cli.fail("no data: give --train_file or --dataset_name")
     if args.dataset_config_name and not args.dataset_name:
-        fail("--dataset_config_name: names a part of --dataset_name, which is not given")
+        cli.fail("--dataset_config_name: names a part of --dataset_name, which is not given")
     if args.train_file:
-        check_text_file(args.train_file, "--train_file")
+        files.check_text_file(args.train_file, "--train_file")
     for name in ("max_train_samples", "min_frequency", "vocab_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            fail(f"--{name} {value}: must be at least 1")
+            cli.fail(f"--{name} {value}: must be at least 1")
     if args.seed < 0:
-        fail(f"--seed {args.seed}: must be at least 0")
+        cli.fail(f"--seed {args.seed}: must be at least 0")
     check_output_dir(args)
     return args
 
@@ -145,19 +158,19 @@ def read_arguments(argv: Sequence[str] | None) -> PrepareArguments:
 def check_output_dir(args: PrepareArguments) -> None:
     """Refuse a directory that cannot be used, or whose files are worth more than the run."""
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
-        fail(f"--output_dir {args.output_dir}: is a file; name a directory")
+        cli.fail(f"--output_dir {args.output_dir}: is a file; name a directory")
     names = sorted(os.listdir(args.output_dir)) if os.path.isdir(args.output_dir) else []
     if names and not args.overwrite_output_dir:
-        fail(f"--output_dir {args.output_dir}: is not empty; name another or add --overwrite_output_dir")
+        cli.fail(f"--output_dir {args.output_dir}: is not empty; name another or add --overwrite_output_dir")
     for name in names:
         if name.endswith((".msgpack", ".safetensors", ".bin")) or name.startswith("checkpoint-"):
-            fail(f"--output_dir {args.output_dir}: {name} would lose its tokenizer; remove it, or name another directory")
+            cli.fail(f"--output_dir {args.output_dir}: {name} would lose its tokenizer; remove it, or name another directory")
     try:
         os.makedirs(args.output_dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.output_dir):
             pass
     except OSError as error:
-        fail(f"--output_dir {args.output_dir}: cannot be written to: {error.strerror}")
+        cli.fail(f"--output_dir {args.output_dir}: cannot be written to: {error.strerror}")
 
 
 # ---- Text ----------------------------------------------------------------------------------------------------------------
@@ -180,18 +193,18 @@ class TextSample:
 def load_sample(args: PrepareArguments) -> TextSample:
     """Load the text, and draw from it if it has more than `max_train_samples` rows."""
     if args.train_file:
-        source, dataset = args.train_file, load_train_file(args.train_file, "--train_file", args.cache_dir)
+        source, dataset = args.train_file, files.load(args.train_file, "--train_file", args.cache_dir)
     else:
         source, dataset = args.dataset_name, load_train_split(args)
-    column, num_rows = find_text_column(dataset, args.text_column_name), len(dataset)
+    column, num_rows = files.find_text_column(dataset, args.text_column_name), len(dataset)
     if num_rows > args.max_train_samples:
-        chosen = host_rng(args.seed, "tokenizer sample").choice(num_rows, args.max_train_samples, replace=False)
+        chosen = randomness.host_rng(args.seed, "tokenizer sample").choice(num_rows, args.max_train_samples, replace=False)
         dataset = dataset.select(np.sort(chosen))  # in the order of the data, which reads faster
     sample = TextSample(dataset, column)
     if not any(text and not text.isspace() for texts in sample for text in texts):
         flag = "--train_file" if args.train_file else "--dataset_name"
-        fail(f"{flag} {source}: has no text in column '{column}' of its {len(sample)} row(s)")
-    logger.info("Text: %s of %s rows, column '%s' of %s", f"{len(sample):,}", f"{num_rows:,}", column, source)
+        cli.fail(f"{flag} {source}: has no text in column '{column}' of its {len(sample)} row(s)")
+    cli.logger.info("Text: %s of %s rows, column '%s' of %s", f"{len(sample):,}", f"{num_rows:,}", column, source)
     return sample
 
 
@@ -199,18 +212,18 @@ def load_train_split(args: PrepareArguments) -> datasets.Dataset:
     """Load the training split of a dataset of the Hub, or of a local directory."""
     name = args.dataset_name
     try:
-        if os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json")):
+        if files.is_saved_to_disk(name):
             loaded = datasets.load_from_disk(name)
         else:
-            logger.info("Loading dataset %s", name)
+            cli.logger.info("Loading dataset %s", name)
             loaded = datasets.load_dataset(
                 name, args.dataset_config_name, split="train", cache_dir=args.cache_dir, token=args.token
             )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        fail(f"--dataset_name {name}: cannot be loaded: {first_line(error.__cause__ or error)}")
+        cli.fail(f"--dataset_name {name}: cannot be loaded: {cli.first_line(error.__cause__ or error)}")
     if isinstance(loaded, Mapping):
         if "train" not in loaded:
-            fail(f"--dataset_name {name}: has no train split, only {', '.join(loaded)}")
+            cli.fail(f"--dataset_name {name}: has no train split, only {', '.join(loaded)}")
         loaded = loaded["train"]
     return loaded
 
@@ -264,7 +277,7 @@ def build_wordpiece(sample: TextSample, family: Family, vocab_size: int, args: P
     alphabet = wordpiece_alphabet(sample, tokenizer, limit=max(1000, vocab_size // 4))
     num_needed = len(family.special_tokens) + len(alphabet)
     if num_needed > vocab_size:
-        fail(f"--vocab_size {vocab_size}: too small; special tokens and the characters of this text take {num_needed}")
+        cli.fail(f"--vocab_size {vocab_size}: too small; special tokens and the characters of this text take {num_needed}")
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=args.min_frequency,
@@ -303,7 +316,7 @@ def build_unigram(sample: TextSample, family: Family, vocab_size: int, args: Pre
         tokenizer.train_from_iterator(sample, vocab_size - len(added), sys.stderr.isatty(), length=len(sample))
     except VocabularyTooSmallError as error:
         needed = error.needed + len(added)
-        fail(f"--vocab_size {vocab_size}: too small; special tokens and the characters of this text take {needed}")
+        cli.fail(f"--vocab_size {vocab_size}: too small; special tokens and the characters of this text take {needed}")
     tokenizer.add_special_tokens(list(added))
     return family.tokenizer_class(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), extra_ids=NUM_SENTINELS)
 
@@ -348,19 +361,13 @@ def load_base_config(args: PrepareArguments) -> PretrainedConfig:
     if args.config_name is None:
         config = CONFIG_MAPPING[args.model_type](**FAMILIES[args.model_type].config)
     else:
-        # transformers would guess a configuration from the path, if there is a model type somewhere in it.
-        if os.path.isdir(args.config_name) and not os.path.isfile(os.path.join(args.config_name, "config.json")):
-            fail(f"--config_name {args.config_name}: no configuration can be loaded: there is no config.json in it")
-        try:
-            config = AutoConfig.from_pretrained(args.config_name, cache_dir=args.cache_dir, token=args.token)
-        except (OSError, ValueError, KeyError) as error:
-            fail(f"--config_name {args.config_name}: no configuration can be loaded: {first_line(error)}")
+        config = pretrained.read_config(args.config_name, "--config_name", cache_dir=args.cache_dir, token=args.token)
         if config.model_type not in FAMILIES:
-            fail(f"--config_name {args.config_name}: type {config.model_type} is not supported, only {', '.join(FAMILIES)}")
+            cli.fail(f"--config_name {args.config_name}: type {config.model_type} is not supported, only {', '.join(FAMILIES)}")
         if args.model_type not in (None, config.model_type):
-            fail(f"--model_type {args.model_type}: but --config_name {args.config_name} is of type {config.model_type}")
+            cli.fail(f"--model_type {args.model_type}: but --config_name {args.config_name} is of type {config.model_type}")
     if args.config_overrides:
-        apply_config_overrides(config, args.config_overrides)
+        pretrained.apply_config_overrides(config, args.config_overrides)
     check_sizes(config, args)
     return config
 
@@ -388,34 +395,40 @@ def check_sizes(config: PretrainedConfig, args: PrepareArguments) -> None:
             continue
         if not isinstance(size, int) or size < minimum:
             name = name if name in overridden_fields(args) else config.attribute_map.get(name, name)
-            fail(f"--config_overrides {name}={size}: must be a whole number, at least {minimum}")
+            cli.fail(f"--config_overrides {name}={size}: must be a whole number, at least {minimum}")
         if name.endswith("attention_heads") and not hasattr(config, "d_kv") and config.hidden_size % size:
-            fail(f"--config_overrides {name}={size}: does not divide the hidden size, {config.hidden_size}")
+            cli.fail(f"--config_overrides {name}={size}: does not divide the hidden size, {config.hidden_size}")
     distance = getattr(config, "relative_attention_max_distance", None)
     if distance is not None and distance <= config.relative_attention_num_buckets // 2:  # a logarithm of their ratio is taken
         minimum = config.relative_attention_num_buckets // 2 + 1
-        fail(f"--config_overrides relative_attention_max_distance={distance}: must be at least {minimum}, for so many buckets")
+        cli.fail(
+            f"--config_overrides relative_attention_max_distance={distance}: must be at least {minimum}, for so many buckets"
+        )
     if hasattr(config, "encoder_layers"):
         if "num_hidden_layers" in overridden_fields(args):
-            fail("--config_overrides num_hidden_layers: has no effect here; set encoder_layers and decoder_layers")
+            cli.fail("--config_overrides num_hidden_layers: has no effect here; set encoder_layers and decoder_layers")
         config.num_hidden_layers = config.encoder_layers
     for name in sorted(overridden_fields(args)):
         if name.endswith("_token_id"):
-            fail(f"--config_overrides {name}: follows from the tokenizer and cannot be set")
+            cli.fail(f"--config_overrides {name}: follows from the tokenizer and cannot be set")
 
 
 def check_tokenizer_flags(model_type: str, args: PrepareArguments) -> None:
     """Refuse flags that this kind of tokenizer has no use for, and a script that was copied without what it needs."""
     build = FAMILIES[model_type].build_tokenizer
     if args.lowercase and build is build_byte_level_bpe:
-        fail(f"--lowercase: {model_type} tokenizers give text back unchanged; only bert, t5 and mt5 have a form without case")
+        cli.fail(
+            f"--lowercase: {model_type} tokenizers give text back unchanged; only bert, t5 and mt5 have a form without case"
+        )
     if args.mode_tokens and build is not build_unigram:
-        fail(f"--mode_tokens: only t5 and mt5 are trained with them, not {model_type}")
+        cli.fail(f"--mode_tokens: only t5 and mt5 are trained with them, not {model_type}")
     if build is build_unigram:
         if args.min_frequency != DEFAULT_MIN_FREQUENCY:
-            fail(f"--min_frequency {args.min_frequency}: has no effect here; {model_type} tokenizers are not made by merging")
+            cli.fail(
+                f"--min_frequency {args.min_frequency}: has no effect here; {model_type} tokenizers are not made by merging"
+            )
         if importlib.util.find_spec("t5_tokenizer_model") is None:
-            fail(f"--model_type {model_type}: needs t5_tokenizer_model.py; copy it into the directory of this script")
+            cli.fail(f"--model_type {model_type}: needs t5_tokenizer_model.py; copy it into the directory of this script")
 
 
 def choose_vocab_size(config: PretrainedConfig, args: PrepareArguments) -> int:
@@ -424,9 +437,9 @@ def choose_vocab_size(config: PretrainedConfig, args: PrepareArguments) -> int:
     check_tokenizer_flags(config.model_type, args)
     vocab_size = family.vocab_size if args.vocab_size is None else args.vocab_size
     if vocab_size < family.min_vocab_size:
-        fail(f"--vocab_size {vocab_size}: too small; characters and special tokens alone take {family.min_vocab_size}")
+        cli.fail(f"--vocab_size {vocab_size}: too small; characters and special tokens alone take {family.min_vocab_size}")
     if "vocab_size" in overridden_fields(args) and config.vocab_size < vocab_size:
-        fail(
+        cli.fail(
             f"--config_overrides vocab_size={config.vocab_size}: fewer embeddings than the tokenizer may have ids;"
             f" raise it, or lower --vocab_size, which is {vocab_size}"
         )
@@ -441,7 +454,7 @@ def fit_to_each_other(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFa
     for config_name, tokenizer_name in (ids | FAMILIES[config.model_type].config_ids).items():
         setattr(config, config_name, getattr(tokenizer, tokenizer_name))
     config.architectures = None  # the training script decides
-    tokenizer.model_max_length = max_positions(config) or VERY_LARGE_INTEGER  # T5 has relative positions: no limit
+    tokenizer.model_max_length = pretrained.max_positions(config) or VERY_LARGE_INTEGER  # T5 has relative positions: no limit
 
 
 # Files by which AutoTokenizer or a model would take on traits of what was in the directory before.
@@ -469,223 +482,20 @@ def log_result(
     args: PrepareArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, asked: int, written: list[str]
 ) -> None:
     """Say what was made, and how to go on."""
-    limit = max_positions(config)
-    logger.info(
+    limit = pretrained.max_positions(config)
+    cli.logger.info(
         "Vocabulary: %d entries of %d asked for, %d embeddings; rows of %s",
         len(tokenizer), asked, config.vocab_size, "any length" if limit is None else f"up to {limit} tokens",
     )  # fmt: skip
     if len(tokenizer) < asked:
         lower = "--vocab_size" if isinstance(tokenizer, T5TokenizerFast) else "--vocab_size or --min_frequency"
-        logger.warning("The text is too small for more entries; give more text, or a lower %s.", lower)
-    logger.info("Wrote to %s: %s", args.output_dir, ", ".join(written))
+        cli.logger.warning("The text is too small for more entries; give more text, or a lower %s.", lower)
+    cli.logger.info("Wrote to %s: %s", args.output_dir, ", ".join(written))
     data = ["--train_file", args.train_file] if args.train_file else ["--dataset_name", args.dataset_name]
     data += ["--dataset_config_name", args.dataset_config_name] if args.dataset_config_name else []
     command = ["python", FAMILIES[config.model_type].training_script]
     command += ["--config_name", args.output_dir, "--tokenizer_name", args.output_dir, *data]
-    logger.info("To train from it: %s --output_dir ...", shlex.join(command))
-
-
-# ---- Scaffolding: the same in every script -------------------------------------------------------------------------------
-
-
-def fail(message: str) -> NoReturn:
-    """End the program because of a person's mistake: one line, exit status 2."""
-    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong, without the advice that libraries print below it."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
-class ScriptArgumentParser(HfArgumentParser):
-    """HfArgumentParser whose errors are one line, and whose first argument may be a JSON file of arguments.
-
-    Flags after the JSON file override it. Its values are checked as if they stood on the command line.
-    """
-
-    VENDOR_FLAGS = (
-        "ipu_config_name", "ipu_config_overrides", "n_ipu", "fp32", "loss_scaling", "auto_loss_scaling", "dataloader_mode",
-        "compile_only", "pad_on_batch_axis",
-    )  # fmt: skip
-
-    def error(self, message: str) -> NoReturn:
-        fail(message)
-
-    def parse(self, argv: Sequence[str]) -> tuple:
-        argv = list(argv)
-        if argv and argv[0].endswith(".json"):
-            argv[:1] = self.read_json(argv[0])
-        *arguments, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-        if unknown:
-            fail(f"{unknown[0]}: {self.objection(unknown[0])}")
-        return tuple(arguments)
-
-    def objection(self, flag: str) -> str:
-        if flag.lstrip("-").partition("=")[0] in self.VENDOR_FLAGS:
-            return "is made for one vendor's hardware, remove it: JAX places the program on the devices by itself"
-        return "no such flag; --help lists them all"
-
-    def read_json(self, path: str) -> list[str]:
-        try:
-            values = json.loads(Path(path).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            fail(f"{path}: cannot be read as JSON: {first_line(error)}")
-        if not isinstance(values, dict):
-            fail(f"{path}: must hold one JSON object, of flag names and values")
-        for name in values:
-            if f"--{name}" not in self._option_string_actions:  # the names of flags, and other names they go by
-                fail(f"{path}: '{name}': {self.objection(name)}")
-        return [f"--{name}={value}" for name, value in values.items() if value is not None]
-
-
-DATA_LOADERS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
-
-
-def data_loader_of(path: str) -> str | None:
-    """Name of the `datasets` loader for a file, by its suffix; a compression suffix counts as none."""
-    name = os.path.basename(path)
-    for compression in (".gz", ".bz2", ".xz"):
-        name = name.removesuffix(compression)
-    return DATA_LOADERS.get(name.rpartition(".")[2])
-
-
-def check_text_file(path: str, flag: str) -> None:
-    if data_loader_of(path) is None:
-        fail(f"{flag} {path}: unknown suffix; use {', '.join(DATA_LOADERS)}, or one of these with .gz, .bz2 or .xz")
-    if not os.path.isfile(path):
-        fail(f"{flag} {path}: no such file")
-    if os.path.getsize(path) == 0:
-        fail(f"{flag} {path}: is empty")
-
-
-def load_train_file(path: str, flag: str, cache_dir: str | None) -> datasets.Dataset:
-    """Read one local file with the loader of its suffix."""
-    try:
-        return datasets.load_dataset(data_loader_of(path), data_files=glob.escape(path), split="train", cache_dir=cache_dir)
-    except (datasets.exceptions.DatasetsError, ValueError) as error:
-        fail(f"{flag} {path}: is empty or cannot be read as {data_loader_of(path)}: {first_line(error.__cause__ or error)}")
-
-
-def find_text_column(dataset: datasets.Dataset, text_column_name: str | None) -> str:
-    """The column named, else "text", else the first one that holds strings."""
-    text_columns = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", "") in TEXT_TYPES]
-    if text_column_name is not None:
-        if text_column_name not in text_columns:
-            fail(f"--text_column_name {text_column_name}: the data has no such text column, only {dataset.column_names}")
-        return text_column_name
-    if not text_columns:
-        fail(f"the data has no text column, only {dataset.column_names}; name one with --text_column_name")
-    return "text" if "text" in text_columns else text_columns[0]
-
-
-TEXT_TYPES = ("string", "large_string")
-
-
-def set_up_logging() -> None:
-    """This script's messages on standard error; libraries speak up through handlers of their own, from warnings on."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
-    # Said at every start; requirements.txt pins the release for that reason and the README explains it.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax; what fails there is reported here
-    flax_logger = logging.getLogger("transformers.modeling_flax_utils")
-    flax_logger.addFilter(lambda record: "classes are deprecated" not in record.getMessage())
-
-
-def apply_config_overrides(config: PretrainedConfig, overrides: str) -> None:
-    """Set fields of a configuration from "key=value,key=value"; a value must fit the type that the field has now."""
-    fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
-    changed = []
-    for override in filter(None, (part.strip() for part in overrides.split(","))):
-        key, equals, text = (part.strip() for part in override.partition("="))
-        name = config.attribute_map.get(key, key)
-        if not equals:
-            fail(f"--config_overrides {override}: write key=value")
-        if name in ("dense_act_fn", "is_gated_act"):
-            fail(f"--config_overrides {key}: follows from feed_forward_proj; set that")
-        if name not in fields:
-            fail(f"--config_overrides {key}: is no field of a {config.model_type} configuration")
-        kind = type(fields[name])
-        if kind is int and ("prob" in name or "dropout" in name):
-            kind = float  # some defaults are a plain 0
-        try:
-            setattr(config, name, parse_as(kind, text))
-        except ValueError as error:
-            fail(f"--config_overrides {override}: {key} {error}")
-        changed.append(config.attribute_map.get(name, name))
-    update_derived_fields(config, fields, changed)
-
-
-def update_derived_fields(config: PretrainedConfig, before: Mapping[str, Any], changed: Sequence[str]) -> None:
-    """Change what follows from the changed fields; `before` are all fields as they were."""
-    hidden, heads = (config.attribute_map.get(name, name) for name in ("hidden_size", "num_attention_heads"))
-    if hidden in changed and heads not in changed and getattr(config, hidden) % getattr(config, heads):
-        setattr(config, heads, max(1, getattr(config, hidden) // 64))
-        logger.info("%s=%d: heads of 64 fit a hidden size of %d.", heads, getattr(config, heads), getattr(config, hidden))
-    had_equal_depths = "num_layers" in changed and before.get("num_decoder_layers") == before["num_layers"]
-    if had_equal_depths and "num_decoder_layers" not in changed:  # T5
-        config.num_decoder_layers = config.num_layers
-    if "feed_forward_proj" in changed:  # T5
-        try:
-            derived = type(config)(feed_forward_proj=config.feed_forward_proj)
-        except ValueError:
-            fail(f"--config_overrides feed_forward_proj={config.feed_forward_proj}: write NAME or gated-NAME, as gated-gelu")
-        config.dense_act_fn, config.is_gated_act = derived.dense_act_fn, derived.is_gated_act
-
-
-def parse_as(kind: type, text: str) -> Any:
-    """Read `text` as a value of type `kind`; a field that is None takes a number, a truth value or text."""
-    truth = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if kind is bool:
-        if text.lower() not in truth:
-            raise ValueError("takes true or false")
-        return truth[text.lower()]
-    if kind is int or kind is float:
-        try:
-            return kind(text)
-        except ValueError:
-            raise ValueError("takes a whole number" if kind is int else "takes a number") from None
-    if kind is type(None):
-        try:
-            return json.loads({"true": "true", "false": "false", "none": "null"}.get(text.lower(), text))
-        except ValueError:
-            return text
-    if kind is not str:
-        raise ValueError(f"is a {kind.__name__}, which cannot be set here; edit the config.json")
-    return text
-
-
-def max_positions(config: PretrainedConfig) -> int | None:
-    """Longest row the position table takes; None if there is no table."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and "roberta" in config.model_type:
-        return limit - config.pad_token_id - 1  # RoBERTa counts positions from pad_token_id + 1
-    return limit
-
-
-def seed_sequence(seed: int, *stream: str | int) -> np.random.SeedSequence:
-    """Everything random follows from the seed and a name, so that nothing depends on what was drawn before."""
-    spawn_key = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in stream]
-    return np.random.SeedSequence(seed, spawn_key=spawn_key)
-
-
-def host_rng(seed: int, *stream: str | int) -> np.random.Generator:
-    """The NumPy generator of a named stream, such as ("order", epoch)."""
-    return np.random.Generator(np.random.PCG64(seed_sequence(seed, *stream)))
-
-
-def public_arguments(*arguments: Any) -> dict[str, Any]:
-    """All flags of this run except the secret ones, which are those that don't show in a repr."""
-    return {f.name: getattr(part, f.name) for part in arguments for f in dataclasses.fields(part) if f.repr}
-
-
-def changed_arguments(*arguments: Any) -> str:
-    """The public flags that were set, as one would type them."""
-    defaults = {f.name: f.default for part in arguments for f in dataclasses.fields(part)}
-    return " ".join(f"--{k} {v}" for k, v in public_arguments(*arguments).items() if v != defaults[k])
+    cli.logger.info("To train from it: %s --output_dir ...", shlex.join(command))
 
 
 # ---- Main ----------------------------------------------------------------------------------------------------------------
@@ -693,13 +503,13 @@ def changed_arguments(*arguments: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write tokenizer and configuration as the arguments say (default: the command line)."""
+    cli.set_up_logging()
     args = read_arguments(argv)
-    set_up_logging()
-    logger.info("Arguments other than the defaults: %s", changed_arguments(args))
+    cli.logger.info("Arguments other than the defaults: %s", arguments.changed(args))
     config = load_base_config(args)
     family, vocab_size = FAMILIES[config.model_type], choose_vocab_size(config, args)
     sample = load_sample(args)
-    logger.info("Training a tokenizer of %s entries; this takes minutes on a large corpus", f"{vocab_size:,}")
+    cli.logger.info("Training a tokenizer of %s entries; this takes minutes on a large corpus", f"{vocab_size:,}")
     tokenizer = family.build_tokenizer(sample, family, vocab_size, args)
     fit_to_each_other(config, tokenizer, args)
     written = write_model_dir(args.output_dir, config, tokenizer)
@@ -707,4 +517,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main, __file__))

@@ -15,22 +15,18 @@ of one compiled program, the weights lie on the device in the precision asked fo
 import functools
 import inspect
 import itertools
-import json
-import logging
 import os
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 from transformers import (
     FLAX_MODEL_FOR_MASKED_LM_MAPPING,
     FLAX_MODEL_MAPPING,
@@ -38,11 +34,28 @@ from transformers import (
     BertConfig,
     FlaxAutoModel,
     FlaxPreTrainedModel,
-    HfArgumentParser,
     PretrainedConfig,
 )
 
-logger = logging.getLogger(__name__)
+VERSION = "0.2.0"  # of the package flaxlm that this script was written for
+try:
+    import flaxlm
+
+    if flaxlm.__version__ != VERSION:
+        raise ImportError(f"there is {flaxlm.__version__} in {Path(flaxlm.__file__).parent}")
+    from flaxlm import (
+        cli,
+        layers,
+        pretrained,
+        randomness,
+    )
+except ImportError as error:
+    print(
+        f"{Path(__file__).name}: error: needs the package flaxlm {VERSION} ({error}): install it, from a clone of this script's"
+        " repository with `pip install .`, or copy the folder flaxlm from there beside this script",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
 
 # Shape letters at the end of names: B  rows in a batch, T  tokens in a row. Model inputs keep their transformers names.
 
@@ -82,111 +95,23 @@ class TimingArguments:
     seed: int = field(default=42, metadata={"help": "Draws the token ids, and the weights if they are random."})
 
 
-def fail(message: str) -> NoReturn:
-    """End the program because of a person's mistake: one line, exit status 2."""
-    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong, without the advice that libraries print below it."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
-class ScriptArgumentParser(HfArgumentParser):
-    """HfArgumentParser whose errors are one line, and whose first argument may be a JSON file of arguments.
-
-    Flags after the JSON file override it. Its values are checked as if they stood on the command line.
-    """
-
-    VENDOR_FLAGS = (
-        "ipu_config_name", "ipu_config_overrides", "n_ipu", "fp32", "loss_scaling", "auto_loss_scaling", "dataloader_mode",
-        "compile_only", "pad_on_batch_axis",
-    )  # fmt: skip
-
-    def error(self, message: str) -> NoReturn:
-        fail(message)
-
-    def parse(self, argv: Sequence[str]) -> tuple:
-        argv = list(argv)
-        if argv and argv[0].endswith(".json"):
-            argv[:1] = self.read_json(argv[0])
-        *arguments, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-        if unknown:
-            fail(f"{unknown[0]}: {self.objection(unknown[0])}")
-        return tuple(arguments)
-
-    def objection(self, flag: str) -> str:
-        if flag.lstrip("-").partition("=")[0] in self.VENDOR_FLAGS:
-            return "is made for one vendor's hardware, remove it: JAX places the program on the devices by itself"
-        return "no such flag; --help lists them all"
-
-    def read_json(self, path: str) -> list[str]:
-        try:
-            values = json.loads(Path(path).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            fail(f"{path}: cannot be read as JSON: {first_line(error)}")
-        if not isinstance(values, dict):
-            fail(f"{path}: must hold one JSON object, of flag names and values")
-        for name in values:
-            if f"--{name}" not in self._option_string_actions:  # the names of flags, and other names they go by
-                fail(f"{path}: '{name}': {self.objection(name)}")
-        return [f"--{name}={value}" for name, value in values.items() if value is not None]
-
-
 def read_timing_arguments(argv: Sequence[str] | None) -> TimingArguments:
     """Read the command line (or its JSON file) and check all that can be checked without loading anything."""
-    parser = ScriptArgumentParser(TimingArguments, description=__doc__.splitlines()[0])
-    (args,) = parser.parse(sys.argv[1:] if argv is None else argv)
+    parser = cli.ScriptArgumentParser(TimingArguments, description=__doc__.splitlines()[0])
+    (args,) = parser.parse(argv)
     least = {"batch_size": 1, "seq_length": 1, "num_batches": 1, "num_warmup_batches": 0, "seed": 0}
     for name, limit in least.items():
         if getattr(args, name) < limit:
-            fail(f"--{name} {getattr(args, name)}: must be at least {limit}")
+            cli.fail(f"--{name} {getattr(args, name)}: must be at least {limit}")
     if os.path.isfile(args.model_name_or_path):
-        fail(f"--model_name_or_path {args.model_name_or_path}: is a file; name a directory or a Hub id")
+        cli.fail(f"--model_name_or_path {args.model_name_or_path}: is a file; name a directory or a Hub id")
     # transformers would guess a configuration from the path, if there is a model type somewhere in it.
     if os.path.isdir(args.model_name_or_path) and not os.path.isfile(os.path.join(args.model_name_or_path, "config.json")):
-        fail(f"--model_name_or_path {args.model_name_or_path}: cannot be loaded: there is no config.json in it")
+        cli.fail(f"--model_name_or_path {args.model_name_or_path}: cannot be loaded: there is no config.json in it")
     return args
 
 
 # ---- Model and inputs ----------------------------------------------------------------------------------------------------
-
-
-def set_up_logging() -> None:
-    """This script's messages on standard error; libraries speak up through handlers of their own, from warnings on."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
-    # Said at every start; requirements.txt pins the release for that reason and the README explains it.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax; what fails there is reported here
-    flax_logger = logging.getLogger("transformers.modeling_flax_utils")
-    flax_logger.addFilter(lambda record: "classes are deprecated" not in record.getMessage())
-
-
-def seed_sequence(seed: int, *stream: str | int) -> np.random.SeedSequence:
-    """Everything random follows from the seed and a name, so that nothing depends on what was drawn before."""
-    spawn_key = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in stream]
-    return np.random.SeedSequence(seed, spawn_key=spawn_key)
-
-
-def host_rng(seed: int, *stream: str | int) -> np.random.Generator:
-    """The NumPy generator of a named stream, such as ("order", epoch)."""
-    return np.random.Generator(np.random.PCG64(seed_sequence(seed, *stream)))
-
-
-def device_rng(seed: int, stream: str, impl: str = "threefry2x32") -> jax.Array:
-    """The JAX key of a named stream. threefry2x32 gives the same numbers everywhere, rbg is cheaper (see jax.random.key)."""
-    return jax.random.key(seed_sequence(seed, stream).generate_state(1)[0], impl=impl)
-
-
-def max_positions(config: PretrainedConfig) -> int | None:
-    """Longest row the position table takes; None if there is no table."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and "roberta" in config.model_type:
-        return limit - config.pad_token_id - 1  # RoBERTa counts positions from pad_token_id + 1
-    return limit
 
 
 def encoder_types() -> list[str]:
@@ -211,28 +136,28 @@ def load_encoder(args: TimingArguments) -> tuple[type[FlaxPreTrainedModel], Pret
             return type(model), config, model.params
         except (OSError, ValueError, KeyError, ImportError) as error:  # ImportError: a .bin file, and no PyTorch
             fail_unless_base_model(source, error)
-    logger.warning("No weights loaded: random ones are timed in their place, which are as fast.")
+    cli.logger.warning("No weights loaded: random ones are timed in their place, which are as fast.")
     model = FlaxAutoModel.from_config(config, _do_init=False)
     initialize = jax.jit(functools.partial(model.init_weights, input_shape=model.input_shape))
-    return type(model), config, initialize(device_rng(args.seed, "weights"))
+    return type(model), config, initialize(randomness.device_rng(args.seed, "weights"))
 
 
 def fail_unless_base_model(source: str, error: Exception) -> None:
     """Another model must not be timed under the name of one that cannot be loaded; only BERT-base has a stand-in."""
     if source not in BASE_MODELS or os.path.isdir(source):
-        fail(f"--model_name_or_path {source}: cannot be loaded: {first_line(error)}")
-    logger.warning("%s cannot be loaded: %s", source, first_line(error))
+        cli.fail(f"--model_name_or_path {source}: cannot be loaded: {cli.first_line(error)}")
+    cli.logger.warning("%s cannot be loaded: %s", source, cli.first_line(error))
 
 
 def fit_config(config: PretrainedConfig, args: TimingArguments) -> None:
     """Apply the flags to the configuration and refuse what the model cannot do, before its weights are loaded."""
     if config.model_type not in (supported := encoder_types()):
-        fail(f"--model_name_or_path: {config.model_type} is no Flax encoder of text; supported are {', '.join(supported)}")
-    limit = max_positions(config)
+        cli.fail(f"--model_name_or_path: {config.model_type} is no Flax encoder of text; supported are {', '.join(supported)}")
+    limit = pretrained.max_positions(config)
     if limit is not None and args.seq_length > limit:
-        fail(f"--seq_length {args.seq_length}: the model has positions for {limit} tokens")
+        cli.fail(f"--seq_length {args.seq_length}: the model has positions for {limit} tokens")
     if args.hidden_act and not hasattr(config, "hidden_act"):
-        fail(f"--hidden_act {args.hidden_act}: the configuration of {config.model_type} has no hidden_act to replace")
+        cli.fail(f"--hidden_act {args.hidden_act}: the configuration of {config.model_type} has no hidden_act to replace")
     if args.hidden_act:
         config.hidden_act = args.hidden_act
 
@@ -253,7 +178,7 @@ def make_inputs(
     special = {value for name, value in config.to_dict().items() if name.endswith("_token_id")}
     # Low ids are special or unused in most vocabularies: in BERT's the first thousand but for single characters.
     ordinary = [i for i in range(min(1000, config.vocab_size // 2), config.vocab_size) if i not in special]
-    np_rng, shape_BT = host_rng(args.seed, "inputs"), (args.batch_size, args.seq_length)
+    np_rng, shape_BT = randomness.host_rng(args.seed, "inputs"), (args.batch_size, args.seq_length)
     has_segments = "token_type_ids" in inspect.signature(model_class.__call__).parameters
     inputs = []
     for _ in range(min(NUM_INPUTS, args.num_batches)):
@@ -268,12 +193,6 @@ def make_inputs(
 # ---- Timing --------------------------------------------------------------------------------------------------------------
 
 
-def contract(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, dtype: jnp.dtype) -> jax.Array:
-    """Sums of products over an axis of each, in float32: asked for bfloat16 sums, XLA on a CPU converts the operands."""
-    axes = ((left_axis,), (right_axis,)), ((), ())
-    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32).astype(dtype)
-
-
 def dense_in_wide_sums(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
     """Interceptor of flax modules: dense layers by `contract` on a CPU, so that bfloat16 is multiplied natively."""
     module = context.module
@@ -281,7 +200,7 @@ def dense_in_wide_sums(next_fun: Callable, args: tuple, kwargs: dict, context: n
         return next_fun(*args, **kwargs)
     kernel, bias = module.get_variable("params", "kernel"), module.get_variable("params", "bias")
     inputs, kernel, bias = nn.dtypes.promote_dtype(args[0], kernel, bias, dtype=module.dtype)
-    outputs = contract(inputs, kernel, inputs.ndim - 1, 0, inputs.dtype)
+    outputs = layers.contract(inputs, kernel, inputs.ndim - 1, 0, inputs.dtype)
     return outputs if bias is None else outputs + bias
 
 
@@ -309,15 +228,17 @@ class TimedEncoder:
         self.precision, self.params, self.seconds = precision, cast_weights(params, precision), []
         model = model_class(config, dtype=jnp.dtype(precision), _do_init=False)  # holds no weights
         start = time.perf_counter()
-        logger.info("Compiling for %s ...", precision)
+        cli.logger.info("Compiling for %s ...", precision)
         # Weights and inputs are arguments: of what a program closes over, XLA may compute results while compiling.
         try:
             lowered = jax.jit(functools.partial(encode, model=model)).lower(self.params, batch)
         except ValueError as error:  # BigBird takes whole blocks of tokens only
-            fail(f"--seq_length {batch['input_ids'].shape[1]}: {config.model_type} does not take it: {first_line(error)}")
+            cli.fail(
+                f"--seq_length {batch['input_ids'].shape[1]}: {config.model_type} does not take it: {cli.first_line(error)}"
+            )
         self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
-        logger.info("Compiled for %s in %.1f s", precision, self.compile_seconds)
+        cli.logger.info("Compiled for %s in %.1f s", precision, self.compile_seconds)
 
     def __call__(self, batch: Mapping[str, jax.Array]) -> float:
         """Run one batch; the seconds until its results were there, not until the call came back."""
@@ -336,21 +257,13 @@ class TimedEncoder:
         }
 
 
-def progress_bar(**kwargs) -> tqdm:
-    """A bar on standard error: lively on a terminal; in a log file a line a minute, and none for what is done sooner."""
-    if not sys.stderr.isatty():
-        bar_format = "{desc}: {n_fmt} of {total_fmt} ({elapsed} so far, {remaining} to go)\n"
-        kwargs |= {"mininterval": 60, "maxinterval": 60, "delay": 60, "bar_format": bar_format}
-    return tqdm(leave=False, dynamic_ncols=True, **kwargs)
-
-
 def time_in_turns(encoders: Sequence[TimedEncoder], inputs: Iterable[dict[str, jax.Array]], args: TimingArguments) -> None:
     """Warm up, then time: the precisions alternate batch by batch, so that what slows the machine slows them alike."""
     batches = itertools.cycle(inputs)
     for batch in itertools.islice(batches, args.num_warmup_batches):
         for encoder in encoders:
             encoder(batch)
-    with progress_bar(total=args.num_batches, desc="Timed batches") as bar:
+    with cli.progress_bar(total=args.num_batches, desc="Timed batches") as bar:
         for batch in itertools.islice(batches, args.num_batches):
             for encoder in encoders:
                 encoder.seconds.append(encoder(batch))
@@ -364,11 +277,11 @@ def log_task(config: PretrainedConfig, params: Any, args: TimingArguments) -> No
     """Say what is about to be timed, and where."""
     device, num_params = jax.devices()[0], sum(array.size for array in jax.tree.leaves(params))
     activation = getattr(config, "hidden_act", getattr(config, "activation", "unknown"))
-    logger.info("Model: %s, %s parameters, activation %s", config.model_type, f"{num_params:,}", activation)
-    logger.info("Batch: %d rows of %d tokens; %d batches, %d before them to warm up",
+    cli.logger.info("Model: %s, %s parameters, activation %s", config.model_type, f"{num_params:,}", activation)
+    cli.logger.info("Batch: %d rows of %d tokens; %d batches, %d before them to warm up",
                 args.batch_size, args.seq_length, args.num_batches, args.num_warmup_batches)  # fmt: skip
     where = f"{os.cpu_count()} cores" if device.platform == "cpu" else f"one of {jax.device_count()}"
-    logger.info("Device: %s (%s), jax %s", device.device_kind, where, jax.__version__)
+    cli.logger.info("Device: %s (%s), jax %s", device.device_kind, where, jax.__version__)
 
 
 def turn_ratio(reference: TimedEncoder, encoder: TimedEncoder) -> float:
@@ -391,8 +304,8 @@ def results_table(encoders: Sequence[TimedEncoder], args: TimingArguments) -> st
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Time the model as the arguments say (default: the command line); returns the figures by precision."""
+    cli.set_up_logging()
     args = read_timing_arguments(argv)
-    set_up_logging()
     model_class, config, params = load_encoder(args)
     log_task(config, params, args)
     inputs = make_inputs(model_class, config, args)
@@ -404,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     results = {encoder.precision: encoder.summary(args.batch_size) for encoder in encoders}
     for precision, figures in results.items():
         median_and_p90 = (figures["median_ms"], figures["p90_ms"])
-        logger.info("%s: median %.1f ms, 90th percentile %.1f ms per batch", precision, *median_and_p90)
+        cli.logger.info("%s: median %.1f ms, 90th percentile %.1f ms per batch", precision, *median_and_p90)
     if len(encoders) > 1:
         print(results_table(encoders, args))
     else:
@@ -414,4 +327,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main, __file__))

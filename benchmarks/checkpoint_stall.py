@@ -21,19 +21,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from tokenizers import Tokenizer, models
 from transformers import FlaxAutoModelForMaskedLM, PreTrainedTokenizerFast, RobertaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run_mlm_flax as script
 from benchmarks.vocab_head import make_batches
+from flaxlm import arguments, checkpoints, optimizers, randomness, sharding
 
 
 def make_step(args, config: RobertaConfig):
     """The training step of the script, its first state and a batch."""
     model = FlaxAutoModelForMaskedLM.from_config(config, _do_init=False)
-    optimizer = optax.adamw(1e-4, mask=script.decay_mask)
+    optimizer = optax.adamw(1e-4, mask=optimizers.decay_mask)
     step_fn = functools.partial(
         script.train_step,
         loss_fn=functools.partial(script.loss_fn, model=model),
@@ -41,10 +42,9 @@ def make_step(args, config: RobertaConfig):
         learning_rate_fn=optax.constant_schedule(1e-4),
     )
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    specs = (PartitionSpec(), PartitionSpec(None, "data"), PartitionSpec())
     params = jax.jit(functools.partial(model.init_weights, input_shape=(1, 1)))(jax.random.PRNGKey(0))
-    state = script.create_train_state(params, optimizer)
-    return model, script.CompiledStep("training", step_fn, mesh, specs, (0,)), state, make_batches(args)[0]
+    state = sharding.create_train_state(params, optimizer, mesh)
+    return model, sharding.compile_train_step(step_fn, mesh), state, make_batches(args)[0]
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
     )
     model, step, state, batch = make_step(args, config)
     num_params = sum(array.size for array in jax.tree.leaves(state.params))
-    rng = script.device_rng(0, "dropout", impl="rbg")
+    rng = randomness.device_rng(0, "dropout", impl="rbg")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
 
     def timed_step() -> float:
@@ -80,8 +80,7 @@ def main() -> None:
         return time.perf_counter() - start
 
     with tempfile.TemporaryDirectory(dir=args.output_dir) as output_dir:
-        training_args = script.TrainingArguments(output_dir=output_dir)
-        saver = script.Saver(training_args, model, tokenizer, {}, None)
+        saver = checkpoints.Saver(arguments.TrainingArguments(output_dir=output_dir), model, tokenizer, {}, None)
         for _ in range(2):
             timed_step()
         plain = statistics.median(timed_step() for _ in range(5))

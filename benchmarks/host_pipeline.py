@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models
 from transformers import BartConfig, GPT2Config, PretrainedConfig, PreTrainedTokenizerFast, RobertaConfig, T5Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from flaxlm.batches import Plan, train_batches
 
 OBJECTIVES = {
     "mlm": ("run_mlm_flax", RobertaConfig, {}),
@@ -81,8 +82,8 @@ def measure(module: str, config: PretrainedConfig, flags: dict, args: argparse.N
 
     sizes = {"train_batch_size": args.batch_size, "eval_batch_size": args.batch_size, "num_micro_batches": 1}
     lengths = {"steps_per_epoch": 100, "num_steps": 10**9, "num_warmup_steps": 0}
-    plan = script.Plan(num_local_devices=1, num_processes=1, process_index=0, **sizes, **lengths)
-    batches = script.train_batches(rows, collator, plan, seed=0)
+    plan = Plan(num_local_devices=1, num_processes=1, process_index=0, **sizes, **lengths)
+    batches = train_batches(rows, collator, plan, seed=0)
     found = {}
     for name, function in (("collate", collate), ("whole", functools.partial(next, batches))):
         million_tokens_per_second(function, num_tokens, 5)

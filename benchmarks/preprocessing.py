@@ -5,10 +5,11 @@
     python benchmarks/preprocessing.py
 
 Takes the quick start's text so often that it has 20 MB, a tokenizer of 8,192 words made from it, and what main() of a script
-calls: load_text_file and tokenize_and_group, with nothing cached. Numbers of processes take turns.
+calls: files.load and token_rows.tokenize_and_group, with nothing cached. Numbers of processes take turns.
 """
 
 import argparse
+import functools
 import importlib
 import os
 import statistics
@@ -21,7 +22,9 @@ import datasets
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.throughput import OBJECTIVES, ROOT, cpu_name, make_corpus, make_tokenizer
+from benchmarks.machine import ROOT, cpu_name
+from benchmarks.workloads import OBJECTIVES, make_corpus, make_tokenizer
+from flaxlm import files, token_rows
 
 
 def write_text(corpus: Path, path: Path, megabytes: float) -> int:
@@ -38,9 +41,10 @@ def prepare(objective: str, tokenizer, path: Path, num_processes: int, cache_dir
     config.decoder_start_token_id = tokenizer.pad_token_id
     collator = script.Collator(tokenizer, config, data_args, 512)
     start = time.perf_counter()
-    raw_datasets = {"train": script.load_text_file(str(path), "train", data_args, cache_dir)}
+    dataset = files.load(str(path), "--train_file", cache_dir, data_args.text_loader_options())
     loaded = time.perf_counter()
-    rows = script.tokenize_and_group(raw_datasets, tokenizer, collator, data_args, cache_dir)["train"]
+    tokenize_fn = functools.partial(script.tokenize_texts, tokenizer=tokenizer, **collator.tokenize_options)
+    rows = token_rows.tokenize_and_group({"train": dataset}, tokenize_fn, collator, data_args, cache_dir)["train"]
     return loaded - start, time.perf_counter() - loaded, rows["input_ids"].size
 
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.throughput import OBJECTIVES, cpu_name, make_corpus, make_tokenizer  # noqa: E402
+from benchmarks.machine import cpu_name  # noqa: E402
+from benchmarks.workloads import OBJECTIVES, make_corpus, make_tokenizer  # noqa: E402
 
 MARKS = {
     "imported": "Arguments other than the defaults",

@@ -22,13 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 from transformers import GPT2Config, PretrainedConfig, RobertaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run_clm_flax
 import run_mlm_flax as script
+from flaxlm import optimizers, randomness, sharding
 
 
 class FakeTokenizer:
@@ -106,11 +107,10 @@ def main() -> None:
 
     module = {"mlm": script, "clm": run_clm_flax}[args.objective]
     config = make_config(args)
-    model = module.MODEL_CLASS.from_config(config)
-    optimizer = optax.adamw(1e-4, mask=script.decay_mask)
+    model = module.MODELS.auto_class.from_config(config)
+    optimizer = optax.adamw(1e-4, mask=optimizers.decay_mask)
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    everywhere, per_micro_batch = PartitionSpec(), PartitionSpec(None, "data")
-    dropout_rng = script.device_rng(0, "dropout", impl="rbg")
+    dropout_rng = randomness.device_rng(0, "dropout", impl="rbg")
     own_batch, other_batch = make_batches(args)
     losses = {
         "this script": (module.loss_fn, own_batch),
@@ -120,13 +120,13 @@ def main() -> None:
     runs = {}
     for name, (loss_fn, batch) in losses.items():
         step_fn = functools.partial(
-            script.train_step,
+            module.train_step,
             loss_fn=functools.partial(loss_fn, model=model),
             optimizer=optimizer,
             learning_rate_fn=optax.constant_schedule(1e-4),
         )
-        step = script.CompiledStep(name, step_fn, mesh, (everywhere, per_micro_batch, everywhere), (0,))
-        state = script.create_train_state(jax.tree.map(jnp.array, model.params), optimizer)
+        step = sharding.compile_train_step(step_fn, mesh)
+        state = sharding.create_train_state(jax.tree.map(jnp.array, model.params), optimizer, mesh)
         print(f"Compiling: {name}", file=sys.stderr)
         state, metrics = step(state, batch, dropout_rng)
         runs[name] = [step, batch, state, [], float(metrics["loss"])]
@@ -151,7 +151,7 @@ def main() -> None:
         )
 
 
-def memory_of(step: script.CompiledStep) -> float:
+def memory_of(step: sharding.CompiledStep) -> float:
     """MiB that the compiled step needs at once: state and batch, and what it computes in between."""
     memory = step.compiled.memory_analysis()
     return (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20

@@ -9,6 +9,7 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     sentences    where the sentences of a text begin
     arguments    the flags that all training scripts share, their limits and checks
     processes    several processes that train together, and being told to stop
+    sharding     mesh, compiled steps, the state they update
     pretrained   configuration and tokenizer
     layers       products, sums and dropout that are fast
     attention    attention without an array of [batch, heads, queries, keys]
@@ -21,7 +22,6 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     corpus       either of the two: the rows of a run
     batches      sizes, order, noise, and on to the devices
     optimizers   learning rate schedules, optimizers
-    sharding     mesh, compiled steps, the state they update
     outputs      what lies in output_dir
     logs         log lines, progress, TensorBoard
     evaluation   exact over all rows

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import datasets
-from transformers import CONFIG_MAPPING, FlaxPreTrainedModel, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from flaxlm import cli, files
 
@@ -203,7 +203,7 @@ class ModelClasses(NamedTuple):
     """The models that an objective can train: transformers' auto class, and its Flax classes by their configurations'."""
 
     auto_class: Any
-    by_config: Mapping[type[PretrainedConfig], type[FlaxPreTrainedModel]]
+    by_config: Mapping[type[PretrainedConfig], Any]
 
     def types(self) -> str:
         """A sentence listing them."""

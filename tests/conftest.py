@@ -20,6 +20,7 @@ import _pydecimal
 import argparse
 import asyncio.base_events
 import contextlib
+import functools
 import json
 import optparse
 import pydoc
@@ -29,8 +30,11 @@ import sys
 import typing
 import unittest.mock
 from pathlib import Path
+from types import ModuleType
 
+import datasets
 import pytest
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BartConfig,
@@ -46,6 +50,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+import run_mlm_flax
+from flaxlm import cli, token_rows
 from quickstart.python_docs_corpus import paragraphs
 from t5_tokenizer_model import SentencePieceUnigramTokenizer
 
@@ -198,18 +204,16 @@ def run_script():
 
 
 @pytest.fixture
-def refuses(capsys):
-    """with refuses(pattern): a person's mistake, exit status 2 and a line on standard error that matches."""
+def refuses():
+    """with refuses(pattern): a person's mistake, which will end the program with status 2 and a line that matches."""
 
     @contextlib.contextmanager
     def expect(pattern: str):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(cli.Mistake) as caught:
             yield
-        line = capsys.readouterr().err
-        assert caught.value.code == 2
-        assert line.count("\n") == 1
-        assert re.search(pattern, line), line
+        assert caught.value.status == 2
+        assert "\n" not in str(caught.value)
+        assert re.search(pattern, str(caught.value)), caught.value
 
     return expect
 
@@ -220,11 +224,45 @@ def error_of(capsys):
 
     def call(function, *args) -> str:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            function(*args)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cli, "silence_late_writes", lambda: None)  # for programs: it would silence pytest too
+            status = cli.run(functools.partial(function, *args), "run_mlm_flax.py")
         lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
-        assert caught.value.code == 2
+        assert status == 2
         assert len(lines) == 1, lines
         return lines[0]
 
     return call
+
+
+def rows_of(module: ModuleType, tokenizer, collator, data_args, dataset: datasets.Dataset) -> token_rows.TokenRows:
+    """The rows of tokens that a script makes of a dataset of texts."""
+    tokenize_fn = functools.partial(module.tokenize_texts, tokenizer=tokenizer, **collator.tokenize_options)
+    return token_rows.tokenize_and_group({"train": dataset}, tokenize_fn, collator, data_args, None)["train"]
+
+
+def run(output_dir, model_dir, *flags, **kwargs) -> dict:
+    """main() with a model directory; flags as on the command line."""
+    base = ["--config_name", model_dir, "--tokenizer_name", model_dir, "--output_dir", output_dir, "--max_seq_length", 32]
+    return run_mlm_flax.main([str(flag) for flag in [*base, *flags]])
+
+
+def read_events(output_dir) -> dict[str, list[tuple[int, float]]]:
+    """All points, as TensorBoard itself reads them."""
+    events = EventAccumulator(str(output_dir), tensor_size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        tag: [(event.step, float(event.tensor_proto.float_val[0])) for event in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+    }
+
+
+@pytest.fixture(scope="session")
+def trained(roberta_dir, corpus, tmp_path_factory):
+    """A run that learns: (output_dir, results). Neither do_train nor do_eval given: both are done."""
+    output_dir = tmp_path_factory.mktemp("trained") / "deep" / "run"
+    results = run(
+        output_dir, roberta_dir, "--train_file", corpus, "--max_steps", 120, "--learning_rate", 1e-2, "--warmup_steps", 10,
+        "--per_device_train_batch_size", 16, "--logging_steps", 50, "--logging_first_step", "--eval_steps", 60,
+    )  # fmt: skip
+    return output_dir, results

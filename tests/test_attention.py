@@ -9,7 +9,6 @@ from transformers import (
     AlbertConfig,
     BartConfig,
     BloomConfig,
-    DistilBertConfig,
     ElectraConfig,
     GPT2Config,
     GPTJConfig,
@@ -24,7 +23,8 @@ import run_bart_dlm_flax
 import run_clm_flax
 import run_mlm_flax
 import run_t5_mlm_flax
-from tests.test_objectives import SIZES, make_params
+from flaxlm import attention, patches
+from tests.test_scripts import SIZES, make_params
 
 RATES = ("attention_probs_dropout_prob", "hidden_dropout_prob", "attn_pdrop", "attention_dropout", "dropout_rate")
 DROPOUT = dict.fromkeys(RATES, 0.1)
@@ -38,8 +38,8 @@ FAMILIES = {
 
 def compile_losses(module, config, implementations, monkeypatch, dtype=jnp.float32, num_rows=4, length=16, level=0):
     """(program, weights): loss and gradients by every implementation, with the same dropout, two rows in a chunk."""
-    monkeypatch.setattr(module, "ATTENTION_CHUNK_SCORES", 2 * config.num_attention_heads * length**2)
-    model = module.MODEL_CLASS.from_config(config, dtype=dtype, _do_init=False)
+    monkeypatch.setattr(attention, "CHUNK_SCORES", 2 * config.num_attention_heads * length**2)
+    model = module.MODELS.auto_class.from_config(config, dtype=dtype, _do_init=False)
     rng = np.random.default_rng(0)
     ids = rng.integers(5, 100, (num_rows, length)).astype(np.int32)
     mask = np.ones_like(ids)
@@ -50,7 +50,7 @@ def compile_losses(module, config, implementations, monkeypatch, dtype=jnp.float
     target = jnp.asarray(rng.standard_normal((*ids.shape, config.vocab_size), np.float32) * mask[..., None])
 
     def loss(params, implementation):
-        with module.attention(implementation, model):
+        with patches.attention(implementation, model):
             logits = model(**inputs, params=params, dropout_rng=jax.random.key(3), train=True)[0]
         return (jnp.tanh(logits) * target).sum()
 
@@ -112,17 +112,6 @@ def test_chunked_attention_saves_memory(monkeypatch):
     assert eager - chunked > 2 * 2 * 4 * 16 * 8 * 64 * 64  # two arrays of all scores for each layer but the one at work
 
 
-def test_the_classes_are_left_as_they_were(monkeypatch):
-    import transformers.models.gpt2.modeling_flax_gpt2 as modeling
-
-    before = modeling.jnp, modeling.dot_product_attention_weights
-    model = run_clm_flax.MODEL_CLASS.from_config(GPT2Config(**SIZES), _do_init=False)
-    with pytest.raises(KeyError), run_clm_flax.attention("chunked", model):
-        assert modeling.jnp is not jnp
-        raise KeyError
-    assert (modeling.jnp, modeling.dot_product_attention_weights) == before == (jnp, before[1])
-
-
 @pytest.mark.parametrize(
     ("implementation", "message"),
     [
@@ -138,26 +127,3 @@ def test_what_it_cannot_do_is_one_line(implementation, message, gpt2_dir, corpus
     argv = [str(part) for part in (*source, *flags)]
     assert message in error_of(run_clm_flax.main, argv)
     assert not (tmp_path / "out").exists()
-
-
-def test_attention_of_its_own(refuses):
-    run_mlm_flax.check_attention("auto", DistilBertConfig())
-    with refuses("chunked: distilbert has attention of its own"):
-        run_mlm_flax.check_attention("chunked", DistilBertConfig())
-
-
-def test_what_only_the_model_itself_tells(refuses):
-    """As with classes from the Hub, of which check_attention knows nothing."""
-    model = run_mlm_flax.MODEL_CLASS.from_config(DistilBertConfig(**SIZES | {"dim": 32, "n_heads": 2}), _do_init=False)
-    with refuses("FlaxDistilBertForMaskedLM has attention of its own"), run_mlm_flax.attention("chunked", model):
-        raise AssertionError
-    options = {"dropout_rate": 0.1, "deterministic": False, "dropout_rng": jax.random.key(0)}
-    weights = run_clm_flax.AttentionWeights(jnp.ones((1, 4, 2, 8)), jnp.ones((1, 4, 2, 8)), options)
-    with refuses("xla: cannot drop attention weights: use chunked"):
-        run_clm_flax.attend(weights, jnp.ones((1, 4, 2, 8)), "xla")
-
-
-def test_cudnn_needs_a_gpu(refuses):
-    model = run_clm_flax.MODEL_CLASS.from_config(GPT2Config(**SIZES), _do_init=False)
-    with refuses("cudnn: is for NVIDIA GPUs, and JAX runs on cpu here"), run_clm_flax.attention("cudnn", model):
-        raise AssertionError

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import run_mlm_flax as script
-from tests.test_resume import outcome
+from flaxlm import outputs
+from tests.test_checkpoints import outcome
 
 pytestmark = pytest.mark.faults
 
@@ -32,11 +33,11 @@ def start(flags: list, output_dir: Path, stderr: Path) -> subprocess.Popen:
 
 
 def has_checkpoint(output_dir: Path) -> bool:
-    return output_dir.is_dir() and bool(script.find_checkpoints(output_dir))
+    return output_dir.is_dir() and bool(outputs.find_checkpoints(output_dir))
 
 
 def half_written(output_dir: Path) -> list[Path]:
-    return [path for pattern in (f"*{script.TEMPORARY_SUFFIX}", ".saving-*") for path in output_dir.glob(pattern)]
+    return [path for pattern in (f"*{outputs.TEMPORARY_SUFFIX}", ".saving-*") for path in output_dir.glob(pattern)]
 
 
 def wait_for_lines(process: subprocess.Popen, stderr: Path, text: str, number: int) -> None:

@@ -18,8 +18,10 @@ from huggingface_hub.utils import _http
 from safetensors.numpy import load_file
 
 import run_mlm_flax as script
+from flaxlm import cli, logs, processes, sharding
+from flaxlm import hub as hub_module
+from tests.conftest import read_events, run
 from tests.hub_server import HubServer, serve
-from tests.test_run_mlm import read_events, run
 
 hub = pytest.fixture(serve, name="hub")
 
@@ -47,7 +49,7 @@ def no_waiting(monkeypatch):
         monotonic, time = staticmethod(time.monotonic), staticmethod(time.time)
         sleep = staticmethod(naps.append)
 
-    monkeypatch.setattr(script, "time", Clock)
+    monkeypatch.setattr(hub_module, "time", Clock)
     monkeypatch.setattr(_http, "time", Clock)
     return naps
 
@@ -145,15 +147,15 @@ def test_another_machine_goes_on_from_the_pushed_state(hub, push, roberta_dir, c
     assert {f"last-checkpoint/{path.relative_to(local)}" for path in local.rglob("*") if path.is_file()} == state
     assert_all_there(hub, whole)
 
-    add = script.TrainingLog.add
+    add = logs.TrainingLog.add
 
     def told_to_stop(self, step, *args):
         add(self, step, *args)
         if step == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(script.Stopped):
-        patch.setattr(script.TrainingLog, "add", told_to_stop)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(processes.Stopped):
+        patch.setattr(logs.TrainingLog, "add", told_to_stop)
         push("--hub_strategy", "checkpoint", "--hub_model_id", "tester/stopped", name="stopped")
     assert hub.commits("tester/stopped")[-1]["message"].startswith("Step 7")
     fetched = huggingface_hub.snapshot_download("tester/stopped", token=TOKEN, local_dir=tmp_path / "fetched")
@@ -192,7 +194,7 @@ def test_model_revision(hub, push, roberta_dir, corpus, error_of, monkeypatch, t
 
 def test_wrong_token_ends_the_run_before_anything_is_computed(hub, push, error_of, monkeypatch):
     compiled = []
-    monkeypatch.setattr(script.CompiledStep, "compile", lambda self, *args: compiled.append(self.name))
+    monkeypatch.setattr(sharding.CompiledStep, "compile", lambda self, *args: compiled.append(self.name))
     message = error_of(push, "--hub_token", "hf_wrong")
     assert message == (
         "run_mlm_flax.py: error: --push_to_hub: the repository tester/model cannot be created: the token is wrong or missing"
@@ -230,23 +232,24 @@ def test_faults_that_pass(fault, hub, push, no_waiting):
 
 def test_down_for_the_whole_run(hub, push, no_waiting, monkeypatch, capfd, corpus, roberta_dir, tmp_path):
     """Training ends as without a Hub; the exit status is 1, and the last line says what to do."""
-    plan = script.log_plan
+    log_plan = logs.log_plan
 
     def then_down(*args):
         hub.down()
-        plan(*args)
+        log_plan(*args)
 
-    monkeypatch.setattr(script, "log_plan", then_down)
+    monkeypatch.setattr(logs, "log_plan", then_down)
     flags = ["--config_name", roberta_dir, "--tokenizer_name", roberta_dir, "--max_seq_length", 32, "--train_file", corpus]
     argv = ["run_mlm_flax.py", *flags, "--output_dir", tmp_path / "out", *FLAGS]
     monkeypatch.setattr(sys, "argv", [str(part) for part in argv])
-    assert script.run() == 1
+    monkeypatch.setattr(cli, "silence_late_writes", lambda: None)  # it would silence pytest too
+    assert cli.run(script.main, script.__file__) == 1
     assert local_files(tmp_path / "out").keys() >= FINISHED
     assert (tmp_path / "out" / "checkpoint-12").is_dir()
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("run_mlm_flax.py: error: the last upload failed; the files are all here, to upload them:")
     assert f"hf upload {REPO} {tmp_path / 'out'} ." in last
-    assert len(no_waiting) >= script.Hub.NUM_TRIES - 1
+    assert len(no_waiting) >= hub_module.Hub.NUM_TRIES - 1
     hub.up()
     assert list(hub.files(REPO)) == [".gitattributes"]
 
@@ -262,7 +265,7 @@ def test_training_does_not_wait_for_uploads(hub, push, monkeypatch):
     delay = 2.0
     running, most, spans = 0, 0, []
     lock = threading.Lock()
-    upload = script.Hub.upload
+    upload = hub_module.Hub.upload
 
     def watched(self, step, *args):
         nonlocal running, most
@@ -275,15 +278,15 @@ def test_training_does_not_wait_for_uploads(hub, push, monkeypatch):
             spans.append((step, began, time.monotonic()))
 
     trained = {}
-    results = script.TrainingLog.results
+    results = logs.TrainingLog.results
 
     def note(self, *args):
         trained["at"], trained["seconds"] = time.monotonic(), self.stopwatch.seconds()
         return results(self, *args)
 
     hub.delay("/commit/", delay)
-    monkeypatch.setattr(script.Hub, "upload", watched)
-    monkeypatch.setattr(script.TrainingLog, "results", note)
+    monkeypatch.setattr(hub_module.Hub, "upload", watched)
+    monkeypatch.setattr(logs.TrainingLog, "results", note)
     output_dir = push()
     assert most == 1
     assert [step for step, *_ in spans] == [4, 12]  # what was saved meanwhile came with the last one

@@ -29,6 +29,7 @@ from transformers import (
 
 import prepare_model_dir
 from prepare_model_dir import FAMILIES
+from tests.conftest import ROOT
 
 BYTE_LEVEL = ("roberta", "gpt2", "bart")
 UNIGRAM = ("t5", "mt5")
@@ -339,6 +340,7 @@ def test_t5_alone_in_a_folder(few_texts, tmp_path, run_script):
     """Copied without the tokenizer's file, the script says what it needs."""
     script = shutil.copy(prepare_model_dir.__file__, tmp_path)
     flags = ("--model_type", "t5", "--train_file", few_texts, "--output_dir", "out")
+    shutil.copytree(ROOT / "flaxlm", tmp_path / "flaxlm")
     result = run_script(script, *flags, cwd=tmp_path)
     assert result.returncode == 2
     assert "error: --model_type t5: needs t5_tokenizer_model.py" in result.stderr.splitlines()[-1]
@@ -464,7 +466,7 @@ def test_alone_in_a_folder_with_a_json_file(few_texts, tmp_path, run_script):
     script = Path(shutil.copy(prepare_model_dir.__file__, tmp_path / "copy.of.it.py"))
     arguments = {"model_type": "bert", "train_file": str(few_texts), "vocab_size": 500, "output_dir": "out", "lowercase": True}
     (tmp_path / "arguments.json").write_text(json.dumps(arguments))
-    result = run_script(script, "arguments.json", "--vocab_size", 600, cwd=tmp_path)
+    result = run_script(script, "arguments.json", "--vocab_size", 600, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import run_bert_flax as script
+from flaxlm import cli
 from tests.conftest import ROOT, TINY
 
 SMALL = ("--batch_size", "2", "--seq_length", "8", "--num_batches", "3", "--num_warmup_batches", "1")
@@ -43,14 +44,14 @@ def tiny_bert(tiny_config, tmp_path_factory) -> str:
 @pytest.fixture(autouse=True)
 def restored_logger():
     yield
-    script.logger.handlers, script.logger.propagate = [], True
+    cli.logger.handlers, cli.logger.propagate = [], True
 
 
 @pytest.fixture
 def messages(monkeypatch, caplog):
-    monkeypatch.setattr(script, "set_up_logging", lambda: None)
-    caplog.set_level(logging.INFO, "run_bert_flax")
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "run_bert_flax"]
+    monkeypatch.setattr(cli, "set_up_logging", lambda: None)
+    caplog.set_level(logging.INFO, "flaxlm")
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("flaxlm")]
 
 
 def time_it(source, *flags) -> dict:
@@ -99,7 +100,7 @@ def test_alone_in_an_empty_folder_from_a_json_file(tiny_bert, run_script, tmp_pa
     copied.write_text((ROOT / "run_bert_flax.py").read_text("utf-8"), "utf-8")
     values = {"model_name_or_path": tiny_bert, "batch_size": 2, "seq_length": 8, "num_batches": 50, "num_warmup_batches": 0}
     (tmp_path / "time.json").write_text(json.dumps(values))
-    done = run_script(copied, "time.json", "--num-batches", 2, cwd=tmp_path)
+    done = run_script(copied, "time.json", "--num-batches", 2, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(rf"{NUMBER} seconds, {NUMBER} examples per second\n", done.stdout)
     assert re.search(r"INFO Compiled for float32 in \d", done.stderr)

@@ -8,13 +8,14 @@ from types import ModuleType
 import jax
 import numpy as np
 import pytest
-from transformers import LongT5Config, MistralConfig, MT5Config, PretrainedConfig, T5Config
+from transformers import CONFIG_MAPPING, LongT5Config, MistralConfig, MT5Config, PretrainedConfig, T5Config
 
 import run_bart_dlm_flax
 import run_clm_flax
 import run_mlm_flax
 import run_pretraining_flax
 import run_t5_mlm_flax
+from flaxlm import weights
 from tests.conftest import BART_SIDE, TINY
 
 pytestmark = pytest.mark.torch
@@ -49,14 +50,14 @@ def assert_same_scores(torch_model, flax_scores, mask, **inputs) -> None:
     assert np.abs(flax_scores).max() > 0.5  # the weights did come along
 
 
-@pytest.mark.parametrize("model_type", [config_class.model_type for config_class in run_mlm_flax.FLAX_MODELS])
+@pytest.mark.parametrize("model_type", [config_class.model_type for config_class in run_mlm_flax.MODELS.by_config])
 def test_masked_language_models(model_type, byte_level_tokenizer, corpus, tmp_path):
     """A short run's model.safetensors."""
     byte_level_tokenizer.save_pretrained(tmp_path / "tokenizer")
     sizes = TINY | {"vocab_size": 512, "max_position_embeddings": 66, "block_size": 4, "num_random_blocks": 1}
     sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "d_model": 32, "embedding_size": 16}
     sizes |= {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in BART_SIDE.items()}
-    known = run_mlm_flax.CONFIG_MAPPING[model_type]().to_dict()
+    known = CONFIG_MAPPING[model_type]().to_dict()
     overrides = ",".join(f"{name}={value}" for name, value in sizes.items() if name in known)
     run_mlm_flax.main(
         ["--model_type", model_type, "--config_overrides", overrides, "--tokenizer_name", str(tmp_path / "tokenizer"),
@@ -66,7 +67,7 @@ def test_masked_language_models(model_type, byte_level_tokenizer, corpus, tmp_pa
     (tmp_path / "flax").mkdir()
     shutil.copy(tmp_path / "out" / "config.json", tmp_path / "flax")
     (tmp_path / "out" / "flax_model.msgpack").rename(tmp_path / "flax" / "flax_model.msgpack")
-    flax_model = run_mlm_flax.MODEL_CLASS.from_pretrained(tmp_path / "flax")
+    flax_model = run_mlm_flax.MODELS.auto_class.from_pretrained(tmp_path / "flax")
     torch_model = load_in_pytorch(tmp_path / "out", "AutoModelForMaskedLM")
 
     ids = np.random.default_rng(0).integers(5, 509, (3, 32))
@@ -112,12 +113,12 @@ SIZES = {
 
 def save_random_model(module: ModuleType, config: PretrainedConfig, output_dir: Path):
     """Write PyTorch's weights as the script does; returns the Flax model, whose weights are all random, norms too."""
-    model, rng = module.MODEL_CLASS.from_config(config, seed=1), np.random.default_rng(1)
+    model, rng = module.MODELS.auto_class.from_config(config, seed=1), np.random.default_rng(1)
     model.params = jax.tree.map(lambda a: a + 0.05 * rng.standard_normal(a.shape, np.float32), model.params)
     output_dir.mkdir(exist_ok=True)
     config.architectures = [type(model).__name__.removeprefix("Flax")]
     config.save_pretrained(output_dir)
-    module.save_file(module.pytorch_state_dict(model.params), output_dir / "model.safetensors", metadata={"format": "pt"})
+    module.save_file(weights.pytorch_state_dict(model.params), output_dir / "model.safetensors", metadata={"format": "pt"})
     return model
 
 
@@ -128,7 +129,7 @@ def make_inputs() -> dict[str, np.ndarray]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-CAUSAL = {config_class.__name__: (config_class, {}) for config_class in run_clm_flax.FLAX_MODELS}
+CAUSAL = {config_class.__name__: (config_class, {}) for config_class in run_clm_flax.MODELS.by_config}
 CAUSAL |= {f"Mistral, window of {size}": (MistralConfig, {"sliding_window": size}) for size in (None, 20)}
 
 
@@ -156,7 +157,7 @@ ENCODER_DECODERS = {
         {"local_radius": 11, "global_block_size": 8, "encoder_attention_type": "transient-global"},
     ),
 }
-for bart_config in run_bart_dlm_flax.FLAX_MODELS:
+for bart_config in run_bart_dlm_flax.MODELS.by_config:
     ENCODER_DECODERS[bart_config.model_type] = (run_bart_dlm_flax, bart_config, {})
     ENCODER_DECODERS[f"{bart_config.model_type} untied"] = (run_bart_dlm_flax, bart_config, UNTIED)
 
@@ -171,7 +172,7 @@ def test_encoder_decoders(module, config_class, more, tmp_path):
     assert_same_scores(torch_model, scores, np.ones((3, LENGTH)), **inputs)
 
 
-@pytest.mark.parametrize("config_class", run_pretraining_flax.FLAX_MODELS)
+@pytest.mark.parametrize("config_class", run_pretraining_flax.MODELS.by_config)
 def test_models_of_pairs(config_class, tmp_path):
     """Both heads; BigBird with sparse attention."""
     import torch

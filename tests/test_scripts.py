@@ -4,7 +4,6 @@
 import functools
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -22,8 +21,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
     BartConfig,
-    GPT2Config,
-    GPT2TokenizerFast,
     LongT5Config,
     MarianConfig,
     MistralConfig,
@@ -38,9 +35,11 @@ import run_clm_flax
 import run_mlm_flax
 import run_pretraining_flax
 import run_t5_mlm_flax
-from tests.test_resume import outcome, train_until
-from tests.test_run_mlm import read_events
-from tests.test_streaming import assert_same_run, back_to
+from flaxlm import corpus as corpus_module
+from flaxlm import patches, sharding
+from tests.conftest import ROOT, read_events
+from tests.test_checkpoints import outcome, train_until
+from tests.test_streams import assert_same_run, back_to
 
 
 class Script(NamedTuple):
@@ -148,9 +147,9 @@ def assert_plain_loss(module: ModuleType, config: PretrainedConfig, monkeypatch)
     """Loss, count, right guesses and all gradients of the script are those computed from the model's own full scores, but
     its program never holds these. Returns a function that gives the scores of a batch.
     """
-    monkeypatch.setattr(module.FusedHead, "CHUNK_SCORES", VOCAB_SIZE * 8)
-    monkeypatch.setattr(module.FusedHead, "MAX_CHUNKS", 4)
-    batch, model = make_batch(module, config), module.MODEL_CLASS.from_config(config, _do_init=False)
+    monkeypatch.setattr(patches.FusedHead, "CHUNK_SCORES", VOCAB_SIZE * 8)
+    monkeypatch.setattr(patches.FusedHead, "MAX_CHUNKS", 4)
+    batch, model = make_batch(module, config), module.MODELS.auto_class.from_config(config, _do_init=False)
     num_labels, params = batch["labels"].size, make_params(model)
     assert num_labels % 4
 
@@ -188,7 +187,7 @@ def assert_plain_loss(module: ModuleType, config: PretrainedConfig, monkeypatch)
     return lambda batch: compute(params, batch)[0][0][1][1]
 
 
-CAUSAL = {config_class.__name__: (config_class, {}) for config_class in run_clm_flax.FLAX_MODELS}
+CAUSAL = {config_class.__name__: (config_class, {}) for config_class in run_clm_flax.MODELS.by_config}
 CAUSAL["Mistral without window"] = (MistralConfig, {"sliding_window": None})
 
 
@@ -209,7 +208,7 @@ def test_causal_loss(config_class, more, monkeypatch):
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 TRANSIENT_GLOBAL = {"encoder_attention_type": "transient-global", "local_radius": 5, "global_block_size": 4}
 ENCODER_DECODERS = {
-    **{config_class.model_type: (run_bart_dlm_flax, config_class, TIED) for config_class in run_bart_dlm_flax.FLAX_MODELS},
+    **{config_class.model_type: (run_bart_dlm_flax, config_class, TIED) for config_class in run_bart_dlm_flax.MODELS.by_config},
     "bart untied": (run_bart_dlm_flax, BartConfig, UNTIED),
     "t5": (run_t5_mlm_flax, T5Config, TIED),
     "t5 untied": (run_t5_mlm_flax, T5Config, UNTIED),
@@ -231,7 +230,7 @@ SPARSE = {"block_size": 3, "num_random_blocks": 1}
 TRAINED = {
     f"{objective} {config_class.model_type}": (module, config_class, SPARSE)
     for objective, module in (("masked", run_mlm_flax), ("pairs", run_pretraining_flax), ("causal", run_clm_flax))
-    for config_class in module.FLAX_MODELS
+    for config_class in module.MODELS.by_config
 } | {name: family for name, family in ENCODER_DECODERS.items() if "untied" not in name}
 
 
@@ -244,7 +243,7 @@ def test_every_type_trains(module, config_class, more):
     data_args.adapt_config(config, 57)
     if config.model_type == "big_bird":
         assert config.attention_type == ("original_full" if module is run_clm_flax else "block_sparse")
-    batch, model = make_batch(module, config), module.MODEL_CLASS.from_config(config, _do_init=False)
+    batch, model = make_batch(module, config), module.MODELS.auto_class.from_config(config, _do_init=False)
     batch = {name: array[None, None] for name, array in batch.items()} | {"stop": np.zeros((1, 1, 1), np.int32)}
     loss_fn, rng = functools.partial(module.loss_fn, model=model), jax.random.key(0, impl="rbg")
     optimizer, learning_rate_fn = optax.adam(2e-2), optax.constant_schedule(2e-2)
@@ -254,7 +253,7 @@ def test_every_type_trains(module, config_class, more):
 
     step = jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name="data")  # one device
     step = jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
-    state, losses = module.create_train_state(make_params(model), optimizer), []
+    state, losses = sharding.create_train_state(make_params(model), optimizer, sharding.make_mesh()), []
     for _ in range(20):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
@@ -298,14 +297,16 @@ def test_golden_first_step(script, train, fixed_data, tmp_path):
 
 @ALL
 def test_alone_on_four_devices_equals_here_on_one(script, flags, train, run_script, tmp_path):
-    """The script and nothing else in an empty directory, 4 x 2 rows; then 1 x 8: the same curve, evaluation and weights."""
+    """A copy of the script in an empty directory, 4 x 2 rows; then 1 x 8: the same curve, evaluation and weights."""
     shutil.copy(script.module.__file__, tmp_path)
     name = Path(script.module.__file__).name
     four = ["--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 2, "--output_dir", "four"]
-    done = run_script(name, *flags, *STEPS, *four, devices=4, cwd=tmp_path)
+    done = run_script(name, *flags, *STEPS, *four, devices=4, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert "on 4 device(s)" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {name, "four"}
+    assert json.loads((tmp_path / "four" / "run_info.json").read_text())["script"] == name
+    assert f"`python {name} " in (tmp_path / "four" / "README.md").read_text()
     train(tmp_path / "one", *STEPS)
     one, four = (read_events(tmp_path / name) for name in ("one", "four"))
     for tag in ("train_loss", "train_grad_norm", "eval_loss", "eval_accuracy"):
@@ -314,20 +315,6 @@ def test_alone_on_four_devices_equals_here_on_one(script, flags, train, run_scri
     one, four = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "four"))
     for key in one:
         np.testing.assert_allclose(one[key], four[key], atol=2e-5, err_msg=key)
-
-
-@pytest.mark.parametrize("script", SCRIPTS[:1], ids=lambda script: script.module.__name__, scope="module")
-def test_through_a_symlink(script, flags, run_script, request, tmp_path):
-    """Executed in a model directory, the flags in a .args file beside it."""
-    directory = shutil.copytree(request.getfixturevalue(script.model_dir), tmp_path / "model")
-    source = Path(script.module.__file__)
-    os.symlink(source, directory / source.name)
-    (directory / source.with_suffix(".args").name).write_text(" ".join([*flags, "--max-steps 1 --output_dir ignored"]))
-    assert os.access(source, os.X_OK)
-    done = run_script(f"./{source.name}", "--do_train", "--output_dir", "./", "--overwrite_output_dir", cwd=directory)
-    assert done.returncode == 0, done.stderr
-    assert (directory / "flax_model.msgpack").exists()
-    assert not (directory / "ignored").exists()
 
 
 # ---- Resumed -------------------------------------------------------------------------------------------------------------
@@ -345,7 +332,7 @@ def test_resumed_equals_uninterrupted(script, train, tmp_path):
     """Stopped after step 3 of 6: bit for bit the same weights, optimizer state, curves and results."""
     flags = [*SIX_STEPS, "--max_train_samples", 43, "--max_eval_samples", 12, "--config_overrides", script.dropout]
     train(tmp_path / "whole", *flags)
-    train_until(train, tmp_path / "stopped", 3, *flags, module=script.module)
+    train_until(train, tmp_path / "stopped", 3, *flags)
     train(tmp_path / "stopped", *flags, "--resume_from_checkpoint")
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
@@ -439,7 +426,7 @@ def test_mistakes_with_causal_models(flags, message, mistake, gpt2_dir, t5_dir, 
 )
 def test_mistakes_with_t5(flags, message, mistake, t5_dir, gpt2_dir, bare_tokenizer_dir, corpus, monkeypatch):
     """All of them before any text is looked at."""
-    monkeypatch.setattr(run_t5_mlm_flax, "prepare_data", lambda *args: pytest.fail("it was"))
+    monkeypatch.setattr(corpus_module, "prepare", lambda *args: pytest.fail("it was"))
     directories = {"BARE": bare_tokenizer_dir, "GPT2": gpt2_dir}
     line = mistake(run_t5_mlm_flax, t5_dir, "--train_file", corpus, *(directories.get(flag, flag) for flag in flags))
     assert re.search(message, line), line
@@ -459,24 +446,10 @@ def test_mistakes_with_t5(flags, message, mistake, t5_dir, gpt2_dir, bare_tokeni
 )
 def test_mistakes_with_bart(flags, message, mistake, bart_dir, gpt2_dir, bare_tokenizer_dir, corpus, monkeypatch):
     """All of them before any text is looked at."""
-    monkeypatch.setattr(run_bart_dlm_flax, "prepare_data", lambda *args: pytest.fail("it was"))
+    monkeypatch.setattr(corpus_module, "prepare", lambda *args: pytest.fail("it was"))
     directories = {"BARE": bare_tokenizer_dir, "GPT2": gpt2_dir}
     line = mistake(run_bart_dlm_flax, bart_dir, "--train_file", corpus, *(directories.get(flag, flag) for flag in flags))
     assert message in line
-
-
-def test_block_size_is_cut(gpt2_dir, monkeypatch):
-    """As in the original, with a warning; and what is taken where the flag is not given."""
-    warnings = []
-    monkeypatch.setattr(run_clm_flax.logger, "warning", lambda message, *args: warnings.append(message % args))
-    tokenizer = GPT2TokenizerFast.from_pretrained(gpt2_dir, model_max_length=1000)
-    data_args = run_clm_flax.DataTrainingArguments(block_size=80)
-    assert run_clm_flax.choose_row_length(data_args, GPT2Config(n_positions=48), tokenizer) == 48
-    assert warnings == ["--block_size 80 is cut to what tokenizer and model can take, 48."]
-    data_args = run_clm_flax.DataTrainingArguments()
-    assert run_clm_flax.choose_row_length(data_args, GPT2Config(n_positions=48), tokenizer) == 48
-    tokenizer.model_max_length = 2000
-    assert run_clm_flax.choose_row_length(data_args, GPT2Config(n_positions=4096), tokenizer) == 1024
 
 
 @pytest.mark.parametrize(
@@ -502,26 +475,3 @@ def test_marian_with_two_vocabularies(refuses):
     """Its Flax class would give both sides the encoder's."""
     with refuses("share_encoder_decoder_embeddings=False: Marian's Flax class has one vocabulary"):
         run_bart_dlm_flax.DataTrainingArguments().adapt_config(MarianConfig(share_encoder_decoder_embeddings=False), 32)
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "streaming"])
-def test_line_breaks_and_ends_of_texts(streaming, gpt2_dir, tmp_path):
-    """--keep_linebreaks, on by default, keeps the line break of each line of a txt file; --append_eos_token ends each."""
-    module, lines = run_clm_flax, ["One line.", "Another one", "a third", "and a last one."]
-    more = ["and so on"] * 9  # of which a stream drops the end, where it fills no row
-    (tmp_path / "a.txt").write_text("".join(f"{line}\n" for line in lines + more))
-
-    def text_of(*flags) -> str:
-        """What the rows of tokens hold."""
-        argv = ["--validation_file", tmp_path / "a.txt", "--config_name", gpt2_dir, "--tokenizer_name", gpt2_dir]
-        argv += ["--output_dir", tmp_path / "out", "--do_eval", *["--streaming"] * streaming, *flags]
-        model_args, data_args, training_args = module.parse_arguments([str(flag) for flag in argv])
-        tokenizer = AutoTokenizer.from_pretrained(gpt2_dir)
-        collator = module.Collator(tokenizer, GPT2Config(), data_args, 8)
-        _, rows = module.prepare_data(data_args, model_args, training_args, tokenizer, collator)
-        return tokenizer.decode([token for token in rows["validation"]["input_ids"].reshape(-1).tolist() if token >= 0])
-
-    for linebreaks, end in (([], "\n"), (["--keep_linebreaks"], "\n"), (["--no_keep_linebreaks"], "")):
-        for eos, append in (("", []), ("<|endoftext|>", ["--append_eos_token"])):
-            expected = "".join(f"{line}{end}{eos}" for line in [*lines, more[0]])
-            assert text_of(*linebreaks, *append).startswith(expected)

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import run_mlm_flax as script
-from tests.test_run_mlm import read_events, run
+from tests.conftest import read_events, run
 
 STEPS, SAVE = 40, 5
 TAGS = ("train_loss", "train_grad_norm", "train_learning_rate", "eval_loss", "eval_accuracy")

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import numpy as np
@@ -22,8 +21,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import run_mlm_flax as script
-from tests.conftest import ROOT
-from tests.test_run_mlm import read_events
+from flaxlm import batches, checkpoints, cli, logs, outputs, processes
+from tests.conftest import ROOT, read_events
 
 # Nothing lines up: epochs end after steps 5 and 10, evaluations are due after 4, 8 and 12, saves after 3, 6, 9 and 12, log
 # lines after 7 and 12. Dropout is on.
@@ -36,7 +35,7 @@ FLAGS = [
 
 def outcome(output_dir: Path) -> dict:
     """All that a finished run leaves, times excepted; arrays and files as digests."""
-    _, checkpoint = script.find_checkpoints(output_dir)[0]
+    _, checkpoint = outputs.find_checkpoints(output_dir)[0]
     leaves, _ = jax.tree_util.tree_flatten_with_path(read_state(checkpoint))
     points = read_events(output_dir)
     for tag in ("train_time", "train_tokens_per_second"):
@@ -71,9 +70,9 @@ def files(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): digest(path.read_bytes()) for path in directory.rglob("*") if path.is_file()}
 
 
-def checkpoints(output_dir: Path) -> list[int]:
+def saved_steps(output_dir: Path) -> list[int]:
     """The steps of the complete ones."""
-    return sorted(step for step, _ in script.find_checkpoints(output_dir))
+    return sorted(step for step, _ in outputs.find_checkpoints(output_dir))
 
 
 @pytest.fixture(scope="module")
@@ -104,24 +103,24 @@ def expected(uninterrupted) -> dict:
     return outcome(uninterrupted)
 
 
-def signal_after(monkeypatch, step: int, signum: int = signal.SIGTERM, module: ModuleType = script) -> None:
+def signal_after(monkeypatch, step: int, signum: int = signal.SIGTERM) -> None:
     """Arrange for a real signal to this process when the given step has been dispatched."""
-    add = module.TrainingLog.add
+    add = logs.TrainingLog.add
 
     def add_and_signal(log, current, *args):
         add(log, current, *args)
         if current == step:
             os.kill(os.getpid(), signum)
 
-    monkeypatch.setattr(module.TrainingLog, "add", add_and_signal)
+    monkeypatch.setattr(logs.TrainingLog, "add", add_and_signal)
 
 
-def train_until(train, output_dir: Path, step: int, *more, module: ModuleType = script) -> None:
+def train_until(train, output_dir: Path, step: int, *more) -> None:
     """Train and be told to stop after a step."""
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(module.Stopped):
-        signal_after(monkeypatch, step, module=module)
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(processes.Stopped):
+        signal_after(monkeypatch, step)
         train(output_dir, *more)
-    assert step in checkpoints(output_dir)
+    assert step in saved_steps(output_dir)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +128,7 @@ def stopped_after_8(train, tmp_path_factory) -> Path:
     """A run that ended after step 8 of 12; it holds checkpoints 6 and 8. Copy it before use."""
     output_dir = tmp_path_factory.mktemp("stopped")
     train_until(train, output_dir, 8)
-    assert checkpoints(output_dir) == [6, 8]
+    assert saved_steps(output_dir) == [6, 8]
     return output_dir
 
 
@@ -174,7 +173,7 @@ def test_resuming_a_finished_run(uninterrupted, train, expected, tmp_path):
 def test_stopped_in_an_evaluation(evaluation, train, expected, monkeypatch, tmp_path):
     """The signal comes between two batches of the evaluation; the resumed run evaluates again, once."""
     calls = []
-    eval_batches = script.eval_batches
+    eval_batches = batches.eval_batches
 
     def eval_batches_and_signal(*args):
         calls.append(args)
@@ -183,12 +182,12 @@ def test_stopped_in_an_evaluation(evaluation, train, expected, monkeypatch, tmp_
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(script, "eval_batches", eval_batches_and_signal)
-    with pytest.raises(script.Stopped):
+    monkeypatch.setattr(batches, "eval_batches", eval_batches_and_signal)
+    with pytest.raises(processes.Stopped):
         train(tmp_path)
     assert len(calls) == evaluation
     assert not (tmp_path / "eval_results.json").exists()
-    assert checkpoints(tmp_path)[-1] == 4 * evaluation
+    assert saved_steps(tmp_path)[-1] == 4 * evaluation
     train(tmp_path, "--resume_from_checkpoint")
     assert outcome(tmp_path) == expected
 
@@ -199,6 +198,7 @@ def test_stopped_in_an_evaluation(evaluation, train, expected, monkeypatch, tmp_
 LAUNCHER = """
 import json, os, resource, sys
 import run_mlm_flax
+from flaxlm import checkpoints, cli
 for line in sys.stdin:
     flags, stderr, environment = json.loads(line)
     pid = os.fork()
@@ -207,9 +207,9 @@ for line in sys.stdin:
         os.environ |= environment
         if "FILE_SIZE_LIMIT" in environment:  # from the moment a checkpoint has been read
             limits = int(environment["FILE_SIZE_LIMIT"]), resource.RLIM_INFINITY
-            run_mlm_flax.Saver.resume = lambda saver, step: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            checkpoints.Saver.resume = lambda saver, step: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         sys.argv[1:] = flags
-        sys.exit(run_mlm_flax.run())
+        sys.exit(cli.run(run_mlm_flax.main, run_mlm_flax.__file__))
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
@@ -297,7 +297,7 @@ def test_signals_save_and_say_how_to_go_on(start, train, expected, tmp_path):
     process.send(signal.SIGTERM)
     assert process.end() == 143
     assert process.last_line() == advice
-    assert checkpoints(output_dir) == [0]
+    assert saved_steps(output_dir) == [0]
 
     process = start(output_dir, "--resume_from_checkpoint")
     process.wait_for("step 7 of 12")
@@ -305,7 +305,7 @@ def test_signals_save_and_say_how_to_go_on(start, train, expected, tmp_path):
     assert process.end() == 130
     assert process.last_line() == advice
     assert "Resuming after step 0" in process.said()
-    assert checkpoints(output_dir)[-1] >= 7
+    assert saved_steps(output_dir)[-1] >= 7
 
     train(output_dir, "--resume_from_checkpoint")
     assert outcome(output_dir) == expected
@@ -320,7 +320,7 @@ def test_a_second_interrupt_ends_at_once(start, tmp_path):
     process.send(signal.SIGINT)
     assert process.end() == 130
     assert "Saving" not in process.said()
-    assert checkpoints(tmp_path / "run") == []
+    assert saved_steps(tmp_path / "run") == []
 
 
 # ---- Damage --------------------------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def test_a_damaged_checkpoint_does_not_outlive_the_good_ones(stopped, train, exp
     flags = ["--resume_from_checkpoint", "--save_total_limit", 1]
     train_until(train, stopped, 7, *flags)
     train(stopped, *flags)
-    assert checkpoints(stopped) == [12]
+    assert saved_steps(stopped) == [12]
     assert outcome(stopped) == expected
 
 
@@ -460,7 +460,7 @@ def test_free_flags_may_change(stopped, corpus, train, expected, tmp_path):
         moved, "--resume_from_checkpoint", moved / "checkpoint-6", "--train_file", copy, "--num_train_steps", 12,
         "--logging_steps", 2, "--eval_steps", 6, "--save_steps", 1, "--save_total_limit", 3,
     )  # fmt: skip
-    assert checkpoints(moved) == [10, 11, 12]
+    assert saved_steps(moved) == [10, 11, 12]
     found = outcome(moved)
     assert {key for key, value in expected.items() if value != found[key]} == {"picture", "points"}
     assert found["points"]["train_loss"] == expected["points"]["train_loss"]
@@ -474,7 +474,7 @@ def test_into_another_directory(stopped_after_8, train, expected, tmp_path):
     found = outcome(tmp_path / "other")
     assert {key for key, value in expected.items() if value != found[key]} == {"points"}  # which begin with the window
     assert found["points"]["train_loss"] == expected["points"]["train_loss"][7:]
-    assert checkpoints(tmp_path / "other") == [12]
+    assert saved_steps(tmp_path / "other") == [12]
     assert files(stopped_after_8) == before
 
 
@@ -546,7 +546,7 @@ def test_divergence_stops_the_run(start, tmp_path):
     (line,) = (line for line in process.said().splitlines() if not re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line))
     assert re.match(r"run_mlm_flax.py: error: step 3: the loss is (nan|inf), the gradient norm (nan|inf)\. ", line)
     assert "--learning_rate" in line
-    assert checkpoints(output_dir) == [1, 2]
+    assert saved_steps(output_dir) == [1, 2]
     for step in (1, 2):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(read_state(output_dir / f"checkpoint-{step}")))
     assert all(np.isfinite(array).all() for array in load_file(output_dir / "model.safetensors").values())
@@ -569,7 +569,7 @@ def test_full_disk(start, stopped, train, expected):
     others = [line for line in process.said().splitlines() if not re.match(r"\d\d:\d\d:\d\d (INFO|ERROR) ", line)]
     assert len(others) == 1, others  # orbax has much to say of each array that it could not write
     assert f"run_mlm_flax.py: error: the state after the last step was not saved in {stopped}" in process.said()
-    assert checkpoints(stopped) == [6, 8]
+    assert saved_steps(stopped) == [6, 8]
     assert (stopped / "model.safetensors").read_bytes() == weights
     train(stopped, "--resume_from_checkpoint")
     assert outcome(stopped) == expected
@@ -577,7 +577,7 @@ def test_full_disk(start, stopped, train, expected):
 
 def test_disk_that_has_space_again(stopped, train, expected, monkeypatch, capfd):
     """A failed save neither stops the run nor spoils the next one."""
-    save, unlimited = script.Saver.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, unlimited = checkpoints.Saver.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save_with_limit(saver, step, *args):
         if step == 9:
@@ -586,10 +586,10 @@ def test_disk_that_has_space_again(stopped, train, expected, monkeypatch, capfd)
         saver.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
-    monkeypatch.setattr(script.Saver, "save", save_with_limit)
+    monkeypatch.setattr(checkpoints.Saver, "save", save_with_limit)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be put back
-    script.silence_late_writes()  # pytest would format a traceback in a thread of orbax, which CPython 3.11 can't do safely
+    cli.silence_late_writes()  # pytest would format a traceback in a thread of orbax, which CPython 3.11 can't do safely
     train(stopped, "--resume_from_checkpoint")
     assert "ERROR Step 9 could not be saved: " in capfd.readouterr().err
-    assert checkpoints(stopped) == [8, 12]
+    assert saved_steps(stopped) == [8, 12]
     assert outcome(stopped) == expected

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """--streaming: windows of texts lose and repeat nothing, go on from anywhere; what is held out is never trained on."""
 
+import functools
 import gzip
 import itertools
 import json
@@ -20,7 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import run_mlm_flax as script
-from tests.test_run_mlm import read_events, run
+from flaxlm import arguments, streams
+from tests.conftest import read_events, run
 
 COPIES = 7  # of its number, in each numbered text: no divisor of ROW, so that texts cross the borders of rows
 ROW = 16
@@ -74,10 +76,12 @@ def open_stream(path, tokenizer, num_eval_samples=1, **flags):
     data_args = script.DataTrainingArguments(
         **{source: str(path)}, streaming=True, num_eval_samples=num_eval_samples, **{"shuffle_buffer_size": 30} | flags
     )
-    training_args = script.TrainingArguments(output_dir="", do_train=True, do_eval=True, max_steps=1)
+    training_args = arguments.TrainingArguments(output_dir="", do_train=True, do_eval=True, max_steps=1)
     collator = script.Collator(tokenizer, None, data_args, ROW)
-    stream, rows = script.stream_data(data_args, script.ModelArguments(), training_args, tokenizer, collator)
-    return stream, rows["validation"]["input_ids"]
+    tokenize_fn = functools.partial(script.tokenize_texts, tokenizer=tokenizer, **collator.tokenize_options)
+    args = arguments.Arguments(arguments.ModelArguments(), data_args, training_args)
+    stream, rows = streams.open_streams(args, tokenize_fn, collator)
+    return stream, rows["input_ids"]
 
 
 def epochs(stream, count: int):

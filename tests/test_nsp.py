@@ -11,7 +11,6 @@ import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,10 +20,10 @@ from transformers import BertConfig, BertTokenizerFast, BigBirdConfig, FlaxBertF
 
 import prepare_model_dir
 import run_pretraining_flax as script
+from flaxlm import files, randomness
 from quickstart.python_docs_corpus import documents as module_documents
 from quickstart.python_docs_corpus import standard_library_files
-from tests.conftest import TINY
-from tests.test_run_mlm import read_events
+from tests.conftest import TINY, read_events
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 NUM_TOPICS, WORDS_PER_TOPIC = 8, 12
@@ -285,7 +284,7 @@ def test_losses_are_those_of_the_plain_model(tokenizer, config_class):
     """Values and gradients, with the head at labelled positions only and with it everywhere."""
     options = {"attention_type": "original_full"} if config_class is BigBirdConfig else {}
     config = config_class(vocab_size=128, max_position_embeddings=64, **options, **TINY)
-    model = script.FLAX_MODELS[config_class](config, seed=1)
+    model = script.MODELS.by_config[config_class](config, seed=1)
     rows = make_rows(np.random.default_rng(0), 6, 32, tokenizer)
     rows["next_sentence_label"][:3, 0] = [0, 1, -1]
     batch = collate(make_collator(tokenizer), rows, is_real=np.arange(6) < 5)
@@ -393,7 +392,8 @@ def test_documents_of_a_file(tmp_path, compressed):
     for line_by_line in (False, True):
         data_args = script.DataTrainingArguments(train_file=str(path), line_by_line=line_by_line)
         for streaming in (False, True):
-            dataset = script.load_text_file(str(path), "train", data_args, str(tmp_path / "cache"), streaming=streaming)
+            cache_dir, options = str(tmp_path / "cache"), data_args.text_loader_options()
+            dataset = files.load(str(path), "--train_file", cache_dir, options, streaming=streaming)
             found[line_by_line, streaming] = [row["text"].strip() for row in dataset if row["text"].strip()]
     assert found[False, False] == found[False, True] == ["One.\nTwo.", "Three.", "Four."]
     assert found[True, False] == found[True, True] == ["One.", "Two.", "Three.", "Four."]
@@ -444,7 +444,7 @@ def evaluate_slowly(tmp_path: Path, model_dir: Path, rows: datasets.Dataset) -> 
     """Row by row with the plain model class, whose weights are drawn as the script draws them."""
     config = BertConfig.from_pretrained(model_dir)
     model = FlaxBertForPreTraining(config, _do_init=False)
-    params = model.init_weights(script.device_rng(42, "weights"), model.input_shape)
+    params = model.init_weights(randomness.device_rng(42, "weights"), model.input_shape)
     masked_losses, next_losses, correct = [], [], []
     for row in rows:
         outputs = model(np.array([row["input_ids"]]), token_type_ids=np.array([row["token_type_ids"]]), params=params)
@@ -535,46 +535,6 @@ def test_documents_of_one_sentence_make_no_pairs(flags, error_of, tmp_path, stre
 
 
 # ---- Optimisation --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bias_correction", [True, False])
-def test_lamb_by_hand(bias_correction):
-    """Three updates as in the paper; a bias gets Adam's, without decay and trust ratio."""
-    args = script.TrainingArguments(
-        output_dir="", lamb=True, lamb_no_bias_correction=not bias_correction, weight_decay=0.1, adam_epsilon=1e-12
-    )
-    optimizer = script.make_optimizer(args, optax.constant_schedule(0.5))
-    np_rng = np.random.default_rng(0)
-    params = {"kernel": jnp.asarray(np_rng.normal(size=(3, 4)), jnp.float32), "bias": jnp.ones(4)}
-    state, expected = optimizer.init(params), {name: np.asarray(array, np.float64) for name, array in params.items()}
-    moments = dict.fromkeys(params, (0.0, 0.0))
-    for step in range(1, 4):
-        grads = {name: np_rng.normal(size=array.shape) for name, array in params.items()}
-        updates, state = optimizer.update({k: jnp.asarray(v, jnp.float32) for k, v in grads.items()}, state, params)
-        params = optax.apply_updates(params, updates)
-        for name, grad in grads.items():
-            first, second = moments[name]
-            moments[name] = first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
-            if bias_correction:
-                first, second = first / (1 - 0.9**step), second / (1 - 0.999**step)
-            update = first / np.sqrt(second)
-            if name == "kernel":
-                update += 0.1 * expected[name]
-                update *= np.linalg.norm(expected[name]) / np.linalg.norm(update)
-            expected[name] = expected[name] - 0.5 * update
-    for name in params:
-        np.testing.assert_allclose(params[name], expected[name], rtol=1e-3)
-
-
-def test_groupbert_schedule():
-    """lr sqrt(s / W), then a line to 1e-7; without max_steps too (defect 131)."""
-    args = script.TrainingArguments(output_dir="", groupbert_schedule=True, learning_rate=1e-3, warmup_ratio=0.1, do_train=True)
-    plan = script.make_plan(args, 8 * 100, 32)
-    assert (plan.num_steps, plan.num_warmup_steps) == (300, 30)
-    rate = script.make_learning_rate(args, plan)
-    assert [float(rate(s)) for s in (0, 1, 7, 30)] == pytest.approx([0, 1e-3 * (1 / 30) ** 0.5, 1e-3 * (7 / 30) ** 0.5, 1e-3])
-    assert float(rate(165)) == pytest.approx(1e-7 + (1e-3 - 1e-7) * 0.5)
-    assert float(rate(300)) == pytest.approx(1e-7, rel=1e-3)
 
 
 # ---- Learning ------------------------------------------------------------------------------------------------------------

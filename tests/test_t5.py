@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, T5Config
 
 import run_t5_mlm_flax as script
+from flaxlm import arguments
 
 PAD, EOS, NUM_WORDS = 0, 1, 500
 MODES = ("[NLU]", "[NLG]", "[S2S]")
@@ -37,7 +38,7 @@ def make_collator(max_seq_length=64, probability=0.15, mean_length=3.0, objectiv
     data_args = script.DataTrainingArguments(
         objective=objective, mlm_probability=probability, mean_noise_span_length=mean_length
     )
-    data_args.check(script.ModelArguments())
+    data_args.check(arguments.ModelArguments())
     return script.Collator(tokenizer, T5Config(decoder_start_token_id=PAD), data_args, max_seq_length)
 
 
@@ -287,7 +288,7 @@ def test_too_few_sentinels(refuses):
 )
 def test_impossible_noise_is_refused(changes, message, refuses):
     with refuses(message):
-        script.DataTrainingArguments(**changes).check(script.ModelArguments())
+        script.DataTrainingArguments(**changes).check(arguments.ModelArguments())
 
 
 def test_shortest_inputs(refuses):

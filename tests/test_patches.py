@@ -8,13 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import BartConfig, GPT2Config, RobertaConfig, T5Config
+from transformers import (
+    BartConfig,
+    DistilBertConfig,
+    GPT2Config,
+    RobertaConfig,
+    T5Config,
+)  # fmt: skip
 
 import run_bart_dlm_flax
 import run_clm_flax
 import run_mlm_flax
 import run_t5_mlm_flax
-from tests.test_objectives import SIZES, make_batch, make_params
+from flaxlm import layers, patches
+from tests.test_scripts import SIZES, make_batch, make_params
 
 MODELS = {  # GPT-2 has layers of a class of its own; the head of the last three is fused, and the last one's is untied
     "roberta": (run_mlm_flax, RobertaConfig(**SIZES)),
@@ -26,13 +33,13 @@ MODELS = {  # GPT-2 has layers of a class of its own; the head of the last three
 
 def loss_fns(module, config, dtype):
     """(as flax computes it, as train_step does), functions of the weights, and weights."""
-    model, batch = module.MODEL_CLASS.from_config(config, dtype=dtype, _do_init=False), make_batch(module, config)
+    model, batch = module.MODELS.auto_class.from_config(config, dtype=dtype, _do_init=False), make_batch(module, config)
 
     def plain(params):
         return module.loss_fn(params, batch, jax.random.key(0), model=model, train=True)[0]
 
     def on_cpu(params):
-        with nn.intercept_methods(module.dense_on_cpu):
+        with nn.intercept_methods(patches.dense_on_cpu):
             return plain(params)
 
     return plain, on_cpu, make_params(model)
@@ -74,20 +81,12 @@ def test_bfloat16_gradients():
         inputs = jnp.asarray(rng.standard_normal((3, 7, sizes[0])), jnp.bfloat16)
         kernel = jnp.asarray(rng.standard_normal(sizes), jnp.float32)
         factors = jnp.asarray(rng.standard_normal((3, 7, sizes[1])), jnp.float32)
-        grads = jax.grad(lambda *args: (run_mlm_flax.matmul(*args) * factors).sum(), (0, 1))(inputs, kernel)  # noqa: B023
+        grads = jax.grad(lambda *args: (layers.matmul(*args) * factors).sum(), (0, 1))(inputs, kernel)  # noqa: B023
         exact = inputs.astype(jnp.float32), kernel
         expected = jax.grad(lambda *args: ((args[0] @ args[1]) * factors).sum(), (0, 1))(*exact)  # noqa: B023
         for grad, expected_grad, dtype in zip(grads, expected, (jnp.bfloat16, jnp.float32), strict=True):
             assert grad.dtype == dtype
             np.testing.assert_allclose(grad.astype(jnp.float32), expected_grad, rtol=0.02, atol=0.1)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_sum_over_the_first_axis(dtype):
-    array = jnp.asarray(np.random.default_rng(0).standard_normal((5, 3, 7)), dtype)
-    found = run_mlm_flax.sum_rows(array)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, np.asarray(array, np.float32).sum(0), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +104,7 @@ def test_sums_of_long_rows_are_products(name, sum_of, number, monkeypatch):
         return len(re.findall(sum_of, str(jax.make_jaxpr(jax.grad(plain))(params))))
 
     on_cpu = count()
-    monkeypatch.setattr(MODELS[name][0].jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert count() == on_cpu + number
 
 
@@ -125,7 +124,7 @@ def test_scores_with_a_bias(head):
         jax.value_and_grad(lambda variables: (score(variables) ** 2).sum())(variables)  # noqa: B023
         for score in (
             lambda variables: head.apply(variables, hidden),
-            lambda variables: run_mlm_flax.vocabulary_scores(head, variables, hidden),
+            lambda variables: patches.vocabulary_scores(head, variables, hidden),
         )
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
@@ -134,19 +133,40 @@ def test_scores_with_a_bias(head):
 def test_other_devices_keep_what_flax_does(monkeypatch):
     _, on_cpu, params = loss_fns(*MODELS["gpt2"], jnp.float32)
     assert "matmul_bwd" in str(jax.make_jaxpr(on_cpu)(params))
-    monkeypatch.setattr(run_clm_flax.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     _, on_gpu, params = loss_fns(*MODELS["gpt2"], jnp.float32)
     assert "matmul_bwd" not in str(jax.make_jaxpr(on_gpu)(params))
 
 
-@pytest.mark.parametrize(("cpuinfo", "warned"), [("flags : avx2 avx512_bf16", False), ("Features : asimd", True)])
-def test_bfloat16_without_instructions_for_it(cpuinfo, warned, monkeypatch, caplog):
-    monkeypatch.setattr(run_mlm_flax.sys, "platform", "linux")
-    monkeypatch.setattr(run_mlm_flax.Path, "exists", lambda path: False)
-    monkeypatch.setattr(run_mlm_flax.Path, "read_text", lambda path: cpuinfo)
-    monkeypatch.setattr(run_mlm_flax.logger, "propagate", True)
-    run_mlm_flax.advise_on_cpu("bfloat16")
-    assert ("saves memory but no time" in caplog.text) == warned
-    caplog.clear()
-    run_mlm_flax.advise_on_cpu("float32")
-    assert not caplog.text
+def test_the_classes_are_left_as_they_were(monkeypatch):
+    import transformers.models.gpt2.modeling_flax_gpt2 as modeling
+
+    before = modeling.jnp, modeling.dot_product_attention_weights
+    model = run_clm_flax.MODELS.auto_class.from_config(GPT2Config(**SIZES), _do_init=False)
+    with pytest.raises(KeyError), patches.attention("chunked", model):
+        assert modeling.jnp is not jnp
+        raise KeyError
+    assert (modeling.jnp, modeling.dot_product_attention_weights) == before == (jnp, before[1])
+
+
+def test_attention_of_its_own(refuses):
+    patches.check_attention("auto", DistilBertConfig(), run_mlm_flax.MODELS)
+    with refuses("chunked: distilbert has attention of its own"):
+        patches.check_attention("chunked", DistilBertConfig(), run_mlm_flax.MODELS)
+
+
+def test_what_only_the_model_itself_tells(refuses):
+    """As with classes from the Hub, of which check_attention knows nothing."""
+    model = run_mlm_flax.MODELS.auto_class.from_config(DistilBertConfig(**SIZES | {"dim": 32, "n_heads": 2}), _do_init=False)
+    with refuses("FlaxDistilBertForMaskedLM has attention of its own"), patches.attention("chunked", model):
+        raise AssertionError
+    options = {"dropout_rate": 0.1, "deterministic": False, "dropout_rng": jax.random.key(0)}
+    weights = patches.AttentionWeights(jnp.ones((1, 4, 2, 8)), jnp.ones((1, 4, 2, 8)), options)
+    with refuses("xla: cannot drop attention weights: use chunked"):
+        patches.attend(weights, jnp.ones((1, 4, 2, 8)), "xla")
+
+
+def test_cudnn_needs_a_gpu(refuses):
+    model = run_clm_flax.MODELS.auto_class.from_config(GPT2Config(**SIZES), _do_init=False)
+    with refuses("cudnn: is for NVIDIA GPUs, and JAX runs on cpu here"), patches.attention("cudnn", model):
+        raise AssertionError

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine that figures hold for: its name, its peak, and how much memory a process has taken."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# Dense matrix FLOP/s of a device as JAX counts them (TPU v3: a core), and of float32 where products are rounded to TF32.
+PEAK_FLOPS = {
+    "H200|H100 80GB HBM3|H100 SXM": {"bfloat16": 989e12, "float32": 494e12},
+    "H100 PCIe": {"bfloat16": 756e12, "float32": 378e12},
+    "A100": {"bfloat16": 312e12, "float32": 156e12},
+    "NVIDIA L4$": {"bfloat16": 121e12, "float32": 60e12},
+    "TPU v6": {"bfloat16": 918e12},
+    "TPU v5 lite|TPU v5e": {"bfloat16": 197e12},
+    "TPU v5": {"bfloat16": 459e12},
+    "TPU v4": {"bfloat16": 275e12},
+    "TPU v3": {"bfloat16": 61.5e12},
+}
+
+
+def peak_flops(device_kind: str, precision: str) -> float | None:
+    """Of the first device of the table whose pattern is found."""
+    return next((peak.get(precision) for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, device_kind)), None)
+
+
+def resident_bytes(what: str) -> int | None:
+    """VmRSS or VmHWM of this process; None where the system does not tell."""
+    try:
+        return 1024 * int(re.search(rf"{what}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    except OSError:
+        return None
+
+
+def forget_peak() -> None:
+    """Let VmHWM start from what is resident now: making the model and compiling it don't count."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def cpu_name() -> str:
+    try:
+        return re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """What the figures hold for."""
+    names = [name for name in ("jax", "flax", "optax", "transformers", "torch") if importlib.util.find_spec(name)]
+    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "versions": {name: importlib.metadata.version(name) for name in names} | {"python": platform.python_version()},
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git_commit": git.stdout.strip() or None,
+        "command": " ".join(sys.argv),
+    }

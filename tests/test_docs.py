@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What README and docs/ say can be done."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from flaxlm import arguments, cli
+from tests.conftest import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ALL_PAGES = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def commands_in(page: Path) -> list[list[str]]:
+    """The commands in the fenced blocks of a page, joined at backslashes, with shell arrays filled in."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    arrays = dict(re.findall(r"^([A-Z]+)=\((.*?)\)$", text, re.DOTALL | re.MULTILINE))
+    text = re.sub(r"^[A-Z]+=\(.*?\)$", "", text, flags=re.DOTALL | re.MULTILINE)
+    lines = re.sub(r'"\$\{([A-Z]+)\[@\]\}"', lambda name: " ".join(arrays[name[1]].split()), text).splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+def parser_of(script: str) -> cli.ScriptArgumentParser:
+    module = __import__(Path(script).stem)
+    parts = [arguments.ModelArguments, getattr(module, "DataTrainingArguments", None), arguments.TrainingArguments]
+    if parts[1] is None:
+        parts = [part for name, part in vars(module).items() if name.endswith("Arguments")]
+    return cli.ScriptArgumentParser(parts)
+
+
+@ALL_PAGES
+def test_commands_parse(page):
+    """Each command names a script that exists and flags that it knows (defect 111)."""
+    targets = set(re.findall(r"^([a-z-]+(?: [a-z-]+)*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = {name for names in targets for name in names.split()}
+    for command in commands_in(page):
+        if command[0] == "make":
+            assert {word for word in command[1:] if "=" not in word} <= targets, command
+        words = [word for word in command if not re.fullmatch(r"[A-Z_]+=.*", word)]
+        words = words[words.index("python") :] if words[0] == "timeout" else words
+        if words[0] not in ("python", "python3") or not words[1].endswith(".py"):
+            continue
+        assert (ROOT / words[1]).exists(), command
+        if "/" in words[1] or words[1].startswith("t5_"):
+            continue
+        parser, flags = parser_of(words[1]), words[2:]
+        if flags and flags[0].endswith(".json"):
+            assert set(json.loads((ROOT / flags[0]).read_text())) <= {action.dest for action in parser._actions}
+            flags[:1] = ["--output_dir", "x"]
+        parser.parse(flags)
+
+
+def test_commands_are_found():
+    assert sum(command[0] == "python" for page in PAGES for command in commands_in(page)) > 5
+    assert ["make", "quickstart"] in commands_in(ROOT / "README.md")
+
+
+@ALL_PAGES
+def test_links_lead_somewhere(page):
+    """Files that a page links to exist; headings within a page or another do."""
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text("utf-8")):
+        path, _, anchor = target.partition("#")
+        linked = page if not path else page.parent / path
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, target

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the house is built: arrows between modules go one way, rooms are small, and what scripts share by text is the same."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import flaxlm
+from tests.conftest import ROOT
+
+PACKAGE = sorted((ROOT / "flaxlm").rglob("*.py"))
+SCRIPTS = sorted(ROOT.glob("*.py"))
+TRAINING_SCRIPTS = [path for path in SCRIPTS if "arguments.DataArguments" in path.read_text()]
+
+
+def imported(path: Path) -> set[str]:
+    """Names of modules of this repository that a file imports, as flaxlm.x or x."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            found |= {f"{node.module}.{alias.name}" if node.module == "flaxlm" else node.module for alias in node.names}
+    ours = {"flaxlm", "benchmarks", "quickstart", "tests", *(script.stem for script in SCRIPTS)}
+    return {name for name in found if name.partition(".")[0] in ours}
+
+
+def test_arrows_go_one_way():
+    """A module imports only those above it in the list of flaxlm/__init__.py; none imports a script."""
+    order = re.findall(r"^    (\w+)  +\w", flaxlm.__doc__.partition("Shape letters")[0], re.MULTILINE)
+    modules = [path.stem for path in PACKAGE if path.stem != "__init__"]
+    assert sorted(order) == modules, "the list of modules in flaxlm/__init__.py is not what is in the folder"
+    for path in PACKAGE:
+        allowed = order[: order.index(path.stem)] if path.stem != "__init__" else []
+        for name in imported(path):
+            package, _, module = name.partition(".")
+            assert package == "flaxlm", f"{path.name} imports {name}"
+            assert module in allowed, f"{path.name} imports {module}, which is not above it in flaxlm/__init__.py"
+
+
+def test_rooms_are_named_for_what_is_in_them():
+    shared = {"utils", "util", "common", "misc", "helpers", "base", "core"}
+    assert not shared & {path.stem for path in [*PACKAGE, *SCRIPTS, *ROOT.glob("*/*.py")]}
+    for path in PACKAGE:
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path.name} does not say what it is for"
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *SCRIPTS, *(ROOT / "benchmarks").glob("*.py")], ids=lambda path: path.name)
+def test_nothing_is_too_long_to_be_read(path):
+    """Scripts up to 750 lines, modules up to 400, functions up to 80."""
+    text = path.read_text()
+    assert text.count("\n") <= (750 if path in SCRIPTS else 400)
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    long = {
+        f"{node.name}: {node.end_lineno - node.lineno + 1} lines" for node in functions if node.end_lineno - node.lineno > 79
+    }
+    assert not long
+
+
+def source_of(path: Path, name: str) -> str:
+    text = path.read_text("utf-8")
+    node = next(node for node in ast.parse(text).body if getattr(node, "name", None) == name)
+    return ast.get_source_segment(text, node)
+
+
+# What the training scripts have in common by text, and who has a text of their own, for a reason.
+SHARED = {
+    "train_step": {"run_pretraining_flax.py"},  # two losses, each divided by a number of its own
+    "eval_step": set(),
+    "main": set(),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_scripts_share_by_text_is_the_same(name):
+    reference, *others = [path for path in TRAINING_SCRIPTS if path.name not in SHARED[name]]
+    assert len(TRAINING_SCRIPTS) == 5
+    for path in others:
+        assert source_of(path, name) == source_of(reference, name), (
+            f"{name} differs between {reference.name} and {path.name}: copy the better one over the other; or if the objective"
+            f" needs it, name {path.name} in SHARED here, with the reason"
+        )
+
+
+def test_scripts_and_package_are_of_one_version():
+    for path in SCRIPTS:
+        if "flaxlm" in path.read_text():
+            assert f'VERSION = "{flaxlm.__version__}"' in path.read_text(), path.name
+
+
+def test_what_must_not_come_back():
+    """No list of dependencies but requirements.txt, no checker of copies, no class that is patched outside patches.py."""
+    assert "dependencies = [" not in (ROOT / "pyproject.toml").read_text()
+    for path in [*PACKAGE, *SCRIPTS]:
+        if path.name != "patches.py":
+            assert "intercept_methods" not in path.read_text() or path.name == "run_bert_flax.py", path.name
