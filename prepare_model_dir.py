@@ -46,13 +46,7 @@ try:
 
     if flaxlm.__version__ != VERSION:
         raise ImportError(f"there is {flaxlm.__version__} in {Path(flaxlm.__file__).parent}")
-    from flaxlm import (
-        arguments,
-        cli,
-        files,
-        pretrained,
-        randomness,
-    )
+    from flaxlm import arguments, cli, files, pretrained, randomness
 except ImportError as error:
     print(
         f"{Path(__file__).name}: error: needs the package flaxlm {VERSION} ({error}): install it, from a clone of this script's"

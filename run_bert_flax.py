@@ -18,12 +18,11 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,12 +42,7 @@ try:
 
     if flaxlm.__version__ != VERSION:
         raise ImportError(f"there is {flaxlm.__version__} in {Path(flaxlm.__file__).parent}")
-    from flaxlm import (
-        cli,
-        layers,
-        pretrained,
-        randomness,
-    )
+    from flaxlm import cli, patches, pretrained, randomness
 except ImportError as error:
     print(
         f"{Path(__file__).name}: error: needs the package flaxlm {VERSION} ({error}): install it, from a clone of this script's"
@@ -193,23 +187,12 @@ def make_inputs(
 # ---- Timing --------------------------------------------------------------------------------------------------------------
 
 
-def dense_in_wide_sums(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-    """Interceptor of flax modules: dense layers by `contract` on a CPU, so that bfloat16 is multiplied natively."""
-    module = context.module
-    if not isinstance(module, nn.Dense) or context.method_name != "__call__" or jax.default_backend() != "cpu":
-        return next_fun(*args, **kwargs)
-    kernel, bias = module.get_variable("params", "kernel"), module.get_variable("params", "bias")
-    inputs, kernel, bias = nn.dtypes.promote_dtype(args[0], kernel, bias, dtype=module.dtype)
-    outputs = layers.contract(inputs, kernel, inputs.ndim - 1, 0, inputs.dtype)
-    return outputs if bias is None else outputs + bias
-
-
 def encode(params: Any, batch: Mapping[str, jax.Array], model: FlaxPreTrainedModel) -> tuple[jax.Array | None, ...]:
     """Hidden states [B, T, H] of the last layer, and the pooled ones [B, H] if the model has them.
 
     Both are returned: from the pooled ones alone the compiler could drop all but the first token of the last layer.
     """
-    with nn.intercept_methods(dense_in_wide_sums):
+    with patches.wide_sums_on_cpu():
         outputs = model(**batch, params=params, train=False, return_dict=True)
     return outputs.last_hidden_state, outputs.get("pooler_output")
 

@@ -156,6 +156,24 @@ def fast_layers() -> Iterator[None]:
         yield
 
 
+def dense_in_wide_sums(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+    """Interceptor of flax modules: dense layers by `layers.contract` on a CPU, so that bfloat16 is multiplied natively."""
+    module = context.module
+    if not isinstance(module, nn.Dense) or context.method_name != "__call__" or jax.default_backend() != "cpu":
+        return next_fun(*args, **kwargs)
+    kernel, bias = module.get_variable("params", "kernel"), module.get_variable("params", "bias")
+    inputs, kernel, bias = nn.dtypes.promote_dtype(args[0], kernel, bias, dtype=module.dtype)
+    outputs = layers.contract(inputs, kernel, inputs.ndim - 1, 0, inputs.dtype)
+    return outputs if bias is None else outputs + bias
+
+
+@contextlib.contextmanager
+def wide_sums_on_cpu() -> Iterator[None]:
+    """Within this context a CPU multiplies bfloat16 natively in dense layers: for inference, in any layout of inputs."""
+    with nn.intercept_methods(dense_in_wide_sums):
+        yield
+
+
 # ---- Vocabulary heads --------------------------------------------------------------------------------------------------
 
 

@@ -96,4 +96,4 @@ def test_what_must_not_come_back():
     assert "dependencies = [" not in (ROOT / "pyproject.toml").read_text()
     for path in [*PACKAGE, *SCRIPTS]:
         if path.name != "patches.py":
-            assert "intercept_methods" not in path.read_text() or path.name == "run_bert_flax.py", path.name
+            assert "intercept_methods" not in path.read_text(), path.name
