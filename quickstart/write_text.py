@@ -22,6 +22,8 @@ from transformers import AutoTokenizer, FlaxPreTrainedModel, PreTrainedTokenizer
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 from fill_mask import count_tokens, unigram_baseline
 
+from flaxlm import randomness
+
 SCRIPTS = {"gpt2": "run_clm_flax", "t5": "run_t5_mlm_flax", "bart": "run_bart_dlm_flax"}
 NUM_EXAMPLES = 4
 PROMPT_TOKENS, NEW_TOKENS = 12, 30
@@ -51,7 +53,7 @@ def restore_paragraphs(
     for name, texts in columns.items():
         for row, values in zip(rows[name], texts, strict=True):
             row[: len(values)] = values[: len(row)]
-    uniforms = script.row_uniforms(0, ("demonstration",), 0, len(paragraphs), collator.draws_per_row)
+    uniforms = randomness.row_uniforms(0, ("demonstration",), 0, len(paragraphs), collator.draws_per_row)
     batch = collator(rows, uniforms, np.ones(len(paragraphs), bool), 1)
     inputs = batch["input_ids"], batch["attention_mask"]
     output = model.generate(inputs[0], attention_mask=inputs[1], max_length=batch["labels"].shape[1] + 1, num_beams=1)
@@ -82,7 +84,7 @@ def main() -> None:
 
     arguments = json.loads((args.model_dir / "run_info.json").read_text())["arguments"]
     script = importlib.import_module(SCRIPTS[json.loads((args.model_dir / "config.json").read_text())["model_type"]])
-    model = script.MODEL_CLASS.from_pretrained(args.model_dir)
+    model = script.MODELS.auto_class.from_pretrained(args.model_dir)
     paragraphs = (args.corpus_dir / "validation.txt").read_text("utf-8").splitlines()
     paragraphs = [p for p in paragraphs if 25 <= len(tokenizer(p, verbose=False)["input_ids"]) <= 50]
     paragraphs = paragraphs[:: max(1, len(paragraphs) // NUM_EXAMPLES)][:NUM_EXAMPLES]
