@@ -25,6 +25,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+try:
+    import flaxlm
+except ImportError:
+    print(
+        f"{Path(__file__).name}: error: needs the package flaxlm 0.2.0: install it, from a clone of its repository with"
+        " `pip install .`, or copy the folder flaxlm from there beside this script",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
+flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
+
 import datasets
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -40,20 +51,13 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-VERSION = "0.2.0"  # of the package flaxlm that this script was written for
-try:
-    import flaxlm
-
-    if flaxlm.__version__ != VERSION:
-        raise ImportError(f"there is {flaxlm.__version__} in {Path(flaxlm.__file__).parent}")
-    from flaxlm import arguments, cli, files, pretrained, randomness
-except ImportError as error:
-    print(
-        f"{Path(__file__).name}: error: needs the package flaxlm {VERSION} ({error}): install it, from a clone of this script's"
-        " repository with `pip install .`, or copy the folder flaxlm from there beside this script",
-        file=sys.stderr,
-    )
-    raise SystemExit(2) from None
+from flaxlm import (
+    arguments,
+    cli,
+    files,
+    pretrained,
+    randomness,
+)
 
 DEFAULT_MIN_FREQUENCY = 2
 
@@ -352,6 +356,7 @@ FAMILIES = {
 
 def load_base_config(args: PrepareArguments) -> PretrainedConfig:
     """The configuration to start from, with `config_overrides` applied and checked."""
+    origin = pretrained.Origin(f"--config_name {args.config_name}: config.json")
     if args.config_name is None:
         config = CONFIG_MAPPING[args.model_type](**FAMILIES[args.model_type].config)
     else:
@@ -360,51 +365,18 @@ def load_base_config(args: PrepareArguments) -> PretrainedConfig:
             cli.fail(f"--config_name {args.config_name}: type {config.model_type} is not supported, only {', '.join(FAMILIES)}")
         if args.model_type not in (None, config.model_type):
             cli.fail(f"--model_type {args.model_type}: but --config_name {args.config_name} is of type {config.model_type}")
+        pretrained.check_values(config.to_dict(), type(config), origin)
     if args.config_overrides:
-        pretrained.apply_config_overrides(config, args.config_overrides)
-    check_sizes(config, args)
+        origin = origin._replace(overrides=pretrained.apply_config_overrides(config, args.config_overrides))
+    pretrained.check_sizes(config, origin)
+    for name in sorted(origin.overrides):
+        if name.endswith("_token_id"):
+            cli.fail(f"--config_overrides {name}: follows from the tokenizer and cannot be set")
     return config
 
 
 def overridden_fields(args: PrepareArguments) -> set[str]:
     return {part.partition("=")[0].strip() for part in (args.config_overrides or "").split(",")}
-
-
-# Lowest legal value of the configurations' sizes, under the names that the model types share or use alone.
-SIZES = dict.fromkeys(
-    (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "type_vocab_size", "n_inner",
-        "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim",
-        "decoder_ffn_dim", "d_ff", "d_kv", "num_decoder_layers",
-    ),
-    1,
-) | {"max_position_embeddings": 16, "relative_attention_num_buckets": 4}  # fmt: skip
-
-
-def check_sizes(config: PretrainedConfig, args: PrepareArguments) -> None:
-    """Refuse sizes no model can be built with, and overrides that would change nothing."""
-    for name, minimum in SIZES.items():
-        size = getattr(config, name, None)
-        if size is None:
-            continue
-        if not isinstance(size, int) or size < minimum:
-            name = name if name in overridden_fields(args) else config.attribute_map.get(name, name)
-            cli.fail(f"--config_overrides {name}={size}: must be a whole number, at least {minimum}")
-        if name.endswith("attention_heads") and not hasattr(config, "d_kv") and config.hidden_size % size:
-            cli.fail(f"--config_overrides {name}={size}: does not divide the hidden size, {config.hidden_size}")
-    distance = getattr(config, "relative_attention_max_distance", None)
-    if distance is not None and distance <= config.relative_attention_num_buckets // 2:  # a logarithm of their ratio is taken
-        minimum = config.relative_attention_num_buckets // 2 + 1
-        cli.fail(
-            f"--config_overrides relative_attention_max_distance={distance}: must be at least {minimum}, for so many buckets"
-        )
-    if hasattr(config, "encoder_layers"):
-        if "num_hidden_layers" in overridden_fields(args):
-            cli.fail("--config_overrides num_hidden_layers: has no effect here; set encoder_layers and decoder_layers")
-        config.num_hidden_layers = config.encoder_layers
-    for name in sorted(overridden_fields(args)):
-        if name.endswith("_token_id"):
-            cli.fail(f"--config_overrides {name}: follows from the tokenizer and cannot be set")
 
 
 def check_tokenizer_flags(model_type: str, args: PrepareArguments) -> None:
@@ -511,4 +483,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, __file__))
+    cli.end(cli.run(main, __file__))

@@ -25,6 +25,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+try:
+    import flaxlm
+except ImportError:
+    print(
+        f"{Path(__file__).name}: error: needs the package flaxlm 0.2.0: install it, from a clone of its repository with"
+        " `pip install .`, or copy the folder flaxlm from there beside this script",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
+flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,38 +54,25 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-VERSION = "0.2.0"  # of the package flaxlm that this script was written for
-try:
-    import flaxlm
-
-    if flaxlm.__version__ != VERSION:
-        raise ImportError(f"there is {flaxlm.__version__} in {Path(flaxlm.__file__).parent}")
-    from flaxlm import (
-        arguments,
-        batches,
-        cli,
-        corpus,
-        evaluation,
-        hub,
-        logs,
-        optimizers,
-        outputs,
-        patches,
-        pretrained,
-        processes,
-        randomness,
-        runs,
-        sentences,
-        sharding,
-        weights,
-    )
-except ImportError as error:
-    print(
-        f"{Path(__file__).name}: error: needs the package flaxlm {VERSION} ({error}): install it, from a clone of this script's"
-        " repository with `pip install .`, or copy the folder flaxlm from there beside this script",
-        file=sys.stderr,
-    )
-    raise SystemExit(2) from None
+from flaxlm import (
+    arguments,
+    batches,
+    cli,
+    command_line,
+    corpus,
+    evaluation,
+    hub,
+    logs,
+    optimizers,
+    patches,
+    pretrained,
+    processes,
+    randomness,
+    runs,
+    sentences,
+    sharding,
+    weights,
+)
 
 # Shape letters at the end of names, outermost dimension first:
 #   A  micro-batches in one update      D  devices of this process      B  rows per device       T  tokens in a row
@@ -145,13 +143,14 @@ def tokenize_texts(
     texts = [text for text in batch[text_column] if text and not text.isspace()]
     if not texts:
         return {"input_ids": [], "sentence_starts": []}
-    encoding = tokenizer(
-        texts,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
+    with weights.tokenizer_as_loaded(tokenizer):
+        encoding = tokenizer(
+            texts,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
     mark = functools.partial(mark_sentence_starts, language=sentence_language)
     return {"input_ids": encoding["input_ids"], "sentence_starts": list(map(mark, texts, encoding["offset_mapping"]))}
 
@@ -456,7 +455,7 @@ def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say (default: the command line); returns the results it also writes."""
     cli.set_up_logging()
-    args = model_args, data_args, training_args = arguments.parse(argv, DataTrainingArguments, MODELS, __doc__)
+    args = model_args, data_args, training_args = command_line.parse(argv, DataTrainingArguments, MODELS, __doc__)
     cli.logger.info("Arguments other than the defaults: %s", arguments.changed(*args))
     processes.join(training_args)
     uploads = hub.connect(training_args)
@@ -475,7 +474,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Sizes, weights, optimizer, and two programs over all devices, which are compiled when they are first called.
     plan = batches.make_plan(training_args, data.num_train_rows, collator.row_length)
-    outputs.prepare(training_args)
     mesh = sharding.make_mesh()
     model, params = weights.load_model(config, args, MODELS, mesh)
     logs.log_plan(plan, data, collator.row_length, params)
@@ -494,6 +492,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             state = run.start(sharding.create_train_state(params, optimizer, mesh))
             host_batches = batches.train_batches(data.train, collator, plan, training_args.seed, run.step, run.position)
             dropout_rng = randomness.device_rng(training_args.seed, "dropout", impl="rbg")
+            if training_args.do_eval:
+                evaluate.try_out(state.params, run.stop)
             with run.training():
                 if run.is_due("eval"):  # a resumed run may have been stopped in an evaluation
                     run.report(evaluate(state.params, run.stop))
@@ -514,4 +514,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, __file__))
+    cli.end(cli.run(main, __file__))

@@ -23,33 +23,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+try:
+    import flaxlm
+except ImportError:
+    print(
+        f"{Path(__file__).name}: error: needs the package flaxlm 0.2.0: install it, from a clone of its repository with"
+        " `pip install .`, or copy the folder flaxlm from there beside this script",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
+flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from transformers import (
     FLAX_MODEL_FOR_MASKED_LM_MAPPING,
     FLAX_MODEL_MAPPING,
-    AutoConfig,
     BertConfig,
     FlaxAutoModel,
     FlaxPreTrainedModel,
     PretrainedConfig,
 )
 
-VERSION = "0.2.0"  # of the package flaxlm that this script was written for
-try:
-    import flaxlm
-
-    if flaxlm.__version__ != VERSION:
-        raise ImportError(f"there is {flaxlm.__version__} in {Path(flaxlm.__file__).parent}")
-    from flaxlm import cli, patches, pretrained, randomness
-except ImportError as error:
-    print(
-        f"{Path(__file__).name}: error: needs the package flaxlm {VERSION} ({error}): install it, from a clone of this script's"
-        " repository with `pip install .`, or copy the folder flaxlm from there beside this script",
-        file=sys.stderr,
-    )
-    raise SystemExit(2) from None
+from flaxlm import (
+    arguments,
+    cli,
+    patches,
+    pretrained,
+    randomness,
+    weights,
+)
 
 # Shape letters at the end of names: B  rows in a batch, T  tokens in a row. Model inputs keep their transformers names.
 
@@ -58,6 +62,7 @@ NUM_INPUTS = 8  # different batches, timed in turn: enough that no result can be
 # Where these cannot be loaded, random weights take their place: BertConfig() describes exactly this model.
 BASE_MODELS = ("bert-base-uncased", "google-bert/bert-base-uncased")
 WEIGHT_SUFFIXES = (".msgpack", ".safetensors", ".bin", ".index.json")
+MODELS = arguments.ModelClasses(FlaxAutoModel, FLAX_MODEL_MAPPING)
 
 
 # ---- Arguments -----------------------------------------------------------------------------------------------------------
@@ -119,34 +124,44 @@ def load_encoder(args: TimingArguments) -> tuple[type[FlaxPreTrainedModel], Pret
     source, options = args.model_name_or_path, {"cache_dir": args.cache_dir}
     has_weights = not os.path.isdir(source) or any(name.endswith(WEIGHT_SUFFIXES) for name in os.listdir(source))
     try:
-        config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
-        fail_unless_base_model(source, error)
+        config = pretrained.read_config(source, "--model_name_or_path", **options)
+    except cli.Mistake as mistake:
+        if not may_be_replaced(source, str(mistake)):
+            raise
         config, has_weights = BertConfig(), False
     fit_config(config, args)
     if has_weights:
         try:
-            model = FlaxAutoModel.from_pretrained(source, config=config, **options)
+            model = weights.read_weights(source, config, MODELS, options)
             return type(model), config, model.params
-        except (OSError, ValueError, KeyError, ImportError) as error:  # ImportError: a .bin file, and no PyTorch
-            fail_unless_base_model(source, error)
+        except cli.Ending:
+            raise
+        except Exception as error:  # each library that reads weights has errors of its own
+            reason = weights.why_not_loaded(source, error)
+            if not may_be_replaced(source, reason):
+                cli.fail(f"--model_name_or_path {source}: cannot be loaded: {reason}")
     cli.logger.warning("No weights loaded: random ones are timed in their place, which are as fast.")
     model = FlaxAutoModel.from_config(config, _do_init=False)
     initialize = jax.jit(functools.partial(model.init_weights, input_shape=model.input_shape))
     return type(model), config, initialize(randomness.device_rng(args.seed, "weights"))
 
 
-def fail_unless_base_model(source: str, error: Exception) -> None:
+def may_be_replaced(source: str, reason: str) -> bool:
     """Another model must not be timed under the name of one that cannot be loaded; only BERT-base has a stand-in."""
     if source not in BASE_MODELS or os.path.isdir(source):
-        cli.fail(f"--model_name_or_path {source}: cannot be loaded: {cli.first_line(error)}")
-    cli.logger.warning("%s cannot be loaded: %s", source, cli.first_line(error))
+        return False
+    cli.logger.warning("%s cannot be loaded: %s", source, reason)
+    return True
 
 
 def fit_config(config: PretrainedConfig, args: TimingArguments) -> None:
     """Apply the flags to the configuration and refuse what the model cannot do, before its weights are loaded."""
     if config.model_type not in (supported := encoder_types()):
         cli.fail(f"--model_name_or_path: {config.model_type} is no Flax encoder of text; supported are {', '.join(supported)}")
+    origin = pretrained.Origin(f"--model_name_or_path {args.model_name_or_path}: config.json")
+    pretrained.check_values(config.to_dict(), type(config), origin)
+    pretrained.check_sizes(config, origin)
+    patches.check_fields(config, FLAX_MODEL_MAPPING[type(config)])
     limit = pretrained.max_positions(config)
     if limit is not None and args.seq_length > limit:
         cli.fail(f"--seq_length {args.seq_length}: the model has positions for {limit} tokens")
@@ -246,7 +261,7 @@ def time_in_turns(encoders: Sequence[TimedEncoder], inputs: Iterable[dict[str, j
     for batch in itertools.islice(batches, args.num_warmup_batches):
         for encoder in encoders:
             encoder(batch)
-    with cli.progress_bar(total=args.num_batches, desc="Timed batches") as bar:
+    with cli.progress_bar(total=args.num_batches, desc="Timing", unit="batch") as bar:
         for batch in itertools.islice(batches, args.num_batches):
             for encoder in encoders:
                 encoder.seconds.append(encoder(batch))
@@ -310,4 +325,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, __file__))
+    cli.end(cli.run(main, __file__))

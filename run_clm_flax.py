@@ -24,6 +24,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+try:
+    import flaxlm
+except ImportError:
+    print(
+        f"{Path(__file__).name}: error: needs the package flaxlm 0.2.0: install it, from a clone of its repository with"
+        " `pip install .`, or copy the folder flaxlm from there beside this script",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
+flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,38 +47,25 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-VERSION = "0.2.0"  # of the package flaxlm that this script was written for
-try:
-    import flaxlm
-
-    if flaxlm.__version__ != VERSION:
-        raise ImportError(f"there is {flaxlm.__version__} in {Path(flaxlm.__file__).parent}")
-    from flaxlm import (
-        arguments,
-        batches,
-        cli,
-        corpus,
-        evaluation,
-        hub,
-        logs,
-        losses,
-        optimizers,
-        outputs,
-        patches,
-        pretrained,
-        processes,
-        randomness,
-        runs,
-        sharding,
-        weights,
-    )
-except ImportError as error:
-    print(
-        f"{Path(__file__).name}: error: needs the package flaxlm {VERSION} ({error}): install it, from a clone of this script's"
-        " repository with `pip install .`, or copy the folder flaxlm from there beside this script",
-        file=sys.stderr,
-    )
-    raise SystemExit(2) from None
+from flaxlm import (
+    arguments,
+    batches,
+    cli,
+    command_line,
+    corpus,
+    evaluation,
+    hub,
+    logs,
+    losses,
+    optimizers,
+    patches,
+    pretrained,
+    processes,
+    randomness,
+    runs,
+    sharding,
+    weights,
+)
 
 # Shape letters at the end of names, outermost dimension first:
 #   A  micro-batches in one update      D  devices of this process      B  rows per device       T  tokens in a row
@@ -118,7 +116,8 @@ def tokenize_texts(
     texts = [text for text in batch[text_column] if text]
     if not texts:
         return {"input_ids": []}
-    input_ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    with weights.tokenizer_as_loaded(tokenizer):
+        input_ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
     if append_eos_token:
         eos = tokenizer.eos_token_id
         input_ids = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in input_ids]
@@ -270,7 +269,7 @@ def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say (default: the command line); returns the results it also writes."""
     cli.set_up_logging()
-    args = model_args, data_args, training_args = arguments.parse(argv, DataTrainingArguments, MODELS, __doc__)
+    args = model_args, data_args, training_args = command_line.parse(argv, DataTrainingArguments, MODELS, __doc__)
     cli.logger.info("Arguments other than the defaults: %s", arguments.changed(*args))
     processes.join(training_args)
     uploads = hub.connect(training_args)
@@ -289,7 +288,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Sizes, weights, optimizer, and two programs over all devices, which are compiled when they are first called.
     plan = batches.make_plan(training_args, data.num_train_rows, collator.row_length)
-    outputs.prepare(training_args)
     mesh = sharding.make_mesh()
     model, params = weights.load_model(config, args, MODELS, mesh)
     logs.log_plan(plan, data, collator.row_length, params)
@@ -308,6 +306,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             state = run.start(sharding.create_train_state(params, optimizer, mesh))
             host_batches = batches.train_batches(data.train, collator, plan, training_args.seed, run.step, run.position)
             dropout_rng = randomness.device_rng(training_args.seed, "dropout", impl="rbg")
+            if training_args.do_eval:
+                evaluate.try_out(state.params, run.stop)
             with run.training():
                 if run.is_due("eval"):  # a resumed run may have been stopped in an evaluation
                     run.report(evaluate(state.params, run.stop))
@@ -328,4 +328,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, __file__))
+    cli.end(cli.run(main, __file__))

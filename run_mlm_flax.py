@@ -27,6 +27,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+try:
+    import flaxlm
+except ImportError:
+    print(
+        f"{Path(__file__).name}: error: needs the package flaxlm 0.2.0: install it, from a clone of its repository with"
+        " `pip install .`, or copy the folder flaxlm from there beside this script",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
+flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
+
 import datasets
 import jax
 import jax.numpy as jnp
@@ -40,39 +51,26 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-VERSION = "0.2.0"  # of the package flaxlm that this script was written for
-try:
-    import flaxlm
-
-    if flaxlm.__version__ != VERSION:
-        raise ImportError(f"there is {flaxlm.__version__} in {Path(flaxlm.__file__).parent}")
-    from flaxlm import (
-        arguments,
-        batches,
-        cli,
-        corpus,
-        evaluation,
-        files,
-        hub,
-        logs,
-        losses,
-        optimizers,
-        outputs,
-        patches,
-        pretrained,
-        processes,
-        randomness,
-        runs,
-        sharding,
-        weights,
-    )
-except ImportError as error:
-    print(
-        f"{Path(__file__).name}: error: needs the package flaxlm {VERSION} ({error}): install it, from a clone of this script's"
-        " repository with `pip install .`, or copy the folder flaxlm from there beside this script",
-        file=sys.stderr,
-    )
-    raise SystemExit(2) from None
+from flaxlm import (
+    arguments,
+    batches,
+    cli,
+    command_line,
+    corpus,
+    evaluation,
+    files,
+    hub,
+    logs,
+    losses,
+    optimizers,
+    patches,
+    pretrained,
+    processes,
+    randomness,
+    runs,
+    sharding,
+    weights,
+)
 
 # Shape letters at the end of names, outermost dimension first:
 #   A  micro-batches in one update      D  devices of this process      B  rows per device       T  tokens in a row
@@ -172,16 +170,17 @@ def tokenize_texts(
     texts = [batch[text_column][i] for i in keep]
     if not texts:
         return {"input_ids": [], **({"word_starts": []} if with_word_starts else {})}
-    encoding = tokenizer(
-        texts,
-        truncation=max_length is not None,
-        max_length=max_length,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=with_word_starts,
-        return_special_tokens_mask=with_word_starts,
-        verbose=False,
-    )
+    with weights.tokenizer_as_loaded(tokenizer):
+        encoding = tokenizer(
+            texts,
+            truncation=max_length is not None,
+            max_length=max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=with_word_starts,
+            return_special_tokens_mask=with_word_starts,
+            verbose=False,
+        )
     if not with_word_starts:
         return {"input_ids": encoding["input_ids"]}
     word_starts = list(map(find_word_starts, texts, encoding["offset_mapping"], encoding["special_tokens_mask"]))
@@ -195,32 +194,54 @@ def tokenize_texts(
 def find_word_starts(text: str, offsets: Sequence[tuple[int, int]], special_tokens_mask: Sequence[int]) -> np.ndarray:
     """Mark the tokens that begin a word: int32 [tokens], 1 at a beginning.
 
-    Only characters count, so byte-level BPE, WordPiece and unigram tokenizers agree: a word is a run of letters, digits and
-    combining marks; punctuation, symbols and CJK ideographs stand alone. `offsets` are the fast tokenizer's (start, end).
+    Only characters count, so byte-level BPE, WordPiece and unigram tokenizers agree: a word is a run of letters and digits;
+    punctuation, symbols and the characters of scripts without spaces stand alone. A combining mark belongs to what it stands
+    behind. `offsets` are the fast tokenizer's (start, end).
     """
     start, end = np.asarray(offsets, np.int64).reshape(-1, 2).T
     codepoints, inverse = np.unique(np.frombuffer(text.encode("utf-32-le"), np.uint32), return_inverse=True)
-    in_word = np.append(np.array([is_word_character(chr(c)) for c in codepoints], bool)[inverse], False)
-    is_space = np.array([chr(c).isspace() for c in codepoints], bool)[inverse]
-    num_visible = np.append(0, np.cumsum(~is_space))
+    in_word, is_mark, is_space = (
+        np.append(np.array([is_kind(chr(c)) for c in codepoints], bool)[inverse], False)
+        for is_kind in (is_word_character, is_combining_mark, str.isspace)
+    )
+    in_word = in_word[np.maximum.accumulate(np.where(is_mark, 0, np.arange(len(is_mark))))]  # as what a mark stands behind
+    num_visible = np.append(0, np.cumsum(~is_space[:-1]))
     blank = num_visible[start] == num_visible[end]
     special = np.asarray(special_tokens_mask, bool)
 
     previous_end = end[:-1]
     touches = start[1:] == previous_end
     same_word = touches & in_word[start[1:]] & in_word[previous_end - 1]
+    same_letter = touches & is_mark[start[1:]] & ~is_space[previous_end - 1]
     after_its_space = touches & blank[:-1] & ~blank[1:]  # some tokenizers have pieces of mere white space
     same_character = start[1:] < previous_end  # byte-level pieces of one character share its offsets
     starts = np.ones(len(start), np.int32)
-    starts[1:] = ~((same_word | after_its_space | same_character) & ~special[1:] & ~special[:-1])
+    starts[1:] = ~((same_word | same_letter | after_its_space | same_character) & ~special[1:] & ~special[:-1])
     return starts
+
+
+# Scripts that put no spaces between words, by the names that Unicode gives their characters: of East Asia, of South-East Asia
+# and Tibet, and of antiquity. Without a dictionary nobody can tell words there: a whole row would be one.
+SCRIPTS_WITHOUT_SPACES = {
+    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HENTAIGANA", "BOPOMOFO", "HANGZHOU", "YI", "NUSHU", "TANGUT", "KHITAN",
+    "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "TAI", "AHOM", "CHAM", "JAVANESE", "BALINESE", "SUNDANESE", "BATAK",
+    "BUGINESE", "MAKASAR", "REJANG", "KAWI", "MARCHEN", "SOYOMBO", "ZANABAZAR", "BRAHMI", "GRANTHA", "SIDDHAM", "VAI",
+    "CUNEIFORM", "EGYPTIAN", "ANATOLIAN", "LINEAR", "CYPRIOT",
+}  # fmt: skip
 
 
 @functools.cache
 def is_word_character(character: str) -> bool:
-    """True for what continues a word: letters of alphabets, digits, marks, underscore; not punctuation, space or CJK."""
-    ideograph = unicodedata.name(character, "").startswith(("CJK", "HIRAGANA", "KATAKANA"))
-    return character == "_" or (unicodedata.category(character)[0] in "LNM" and not ideograph)
+    """True for what continues a word: letters, digits, marks and underscore, but not in scripts without spaces."""
+    name = unicodedata.name(character, "").replace("-", " ").split()[:2]  # the script is the first word, or the second
+    is_letter = unicodedata.category(character)[0] in "LNM"
+    return character == "_" or (is_letter and SCRIPTS_WITHOUT_SPACES.isdisjoint(name))
+
+
+@functools.cache
+def is_combining_mark(character: str) -> bool:
+    """True for accents, vowel signs, tone marks and the like, which are written on, below or around the letter before."""
+    return unicodedata.category(character)[0] == "M"
 
 
 # ---- Rows to batches: noise and labels -----------------------------------------------------------------------------------
@@ -270,19 +291,20 @@ class Collator:
         return min(num_tokens, 16 * math.ceil((mean + 6 * sigma) / 16))
 
     def __call__(
-        self, rows: Mapping[str, np.ndarray], uniforms_NT: np.ndarray, is_real_N: np.ndarray, num_groups: int
+        self, rows: Mapping[str, np.ndarray], uniforms_NR: np.ndarray, is_real_N: np.ndarray, num_groups: int
     ) -> dict[str, np.ndarray]:
         """Collate N rows for `num_groups` equal groups (devices x micro-batches) of N / num_groups rows.
 
         Args:
             rows: `input_ids` int [N, T], and `word_starts` [N, T] for whole-word masking.
-            uniforms_NT: float64 [N, T] in [0, 1), the only source of randomness.
+            uniforms_NR: float64 [N, draws_per_row] in [0, 1), the only source of randomness; the first T of a row are used.
             is_real_N: bool [N]; rows that only fill up a batch are False and get no label.
 
         Returns:
             input_ids, attention_mask int32 [N, T]; label_positions, labels int32 and label_weights float32 [num_groups * K].
         """
         input_ids_NT = rows["input_ids"].astype(np.int32)
+        uniforms_NT = uniforms_NR[:, : input_ids_NT.shape[1]]  # rows that are texts may be narrower than the limit
         attention_mask_NT = (input_ids_NT != self.pad_token_id).astype(np.int32)
         starts_word_NT, selected_NT = self.select(rows, input_ids_NT, uniforms_NT, is_real_N)
         K = self.num_label_positions(input_ids_NT.size // num_groups, 4.0 if "word_starts" in rows else 1.0)
@@ -430,7 +452,7 @@ def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say (default: the command line); returns the results it also writes."""
     cli.set_up_logging()
-    args = model_args, data_args, training_args = arguments.parse(argv, DataTrainingArguments, MODELS, __doc__)
+    args = model_args, data_args, training_args = command_line.parse(argv, DataTrainingArguments, MODELS, __doc__)
     cli.logger.info("Arguments other than the defaults: %s", arguments.changed(*args))
     processes.join(training_args)
     uploads = hub.connect(training_args)
@@ -449,7 +471,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Sizes, weights, optimizer, and two programs over all devices, which are compiled when they are first called.
     plan = batches.make_plan(training_args, data.num_train_rows, collator.row_length)
-    outputs.prepare(training_args)
     mesh = sharding.make_mesh()
     model, params = weights.load_model(config, args, MODELS, mesh)
     logs.log_plan(plan, data, collator.row_length, params)
@@ -468,6 +489,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             state = run.start(sharding.create_train_state(params, optimizer, mesh))
             host_batches = batches.train_batches(data.train, collator, plan, training_args.seed, run.step, run.position)
             dropout_rng = randomness.device_rng(training_args.seed, "dropout", impl="rbg")
+            if training_args.do_eval:
+                evaluate.try_out(state.params, run.stop)
             with run.training():
                 if run.is_due("eval"):  # a resumed run may have been stopped in an evaluation
                     run.report(evaluate(state.params, run.stop))
@@ -488,4 +511,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, __file__))
+    cli.end(cli.run(main, __file__))

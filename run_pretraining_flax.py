@@ -27,6 +27,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+try:
+    import flaxlm
+except ImportError:
+    print(
+        f"{Path(__file__).name}: error: needs the package flaxlm 0.2.0: install it, from a clone of its repository with"
+        " `pip install .`, or copy the folder flaxlm from there beside this script",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
+flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
+
 import datasets
 import jax
 import jax.numpy as jnp
@@ -42,40 +53,27 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-VERSION = "0.2.0"  # of the package flaxlm that this script was written for
-try:
-    import flaxlm
-
-    if flaxlm.__version__ != VERSION:
-        raise ImportError(f"there is {flaxlm.__version__} in {Path(flaxlm.__file__).parent}")
-    from flaxlm import (
-        arguments,
-        batches,
-        cli,
-        corpus,
-        evaluation,
-        hub,
-        logs,
-        losses,
-        optimizers,
-        outputs,
-        patches,
-        pretrained,
-        processes,
-        randomness,
-        runs,
-        sentences,
-        sharding,
-        token_rows,
-        weights,
-    )
-except ImportError as error:
-    print(
-        f"{Path(__file__).name}: error: needs the package flaxlm {VERSION} ({error}): install it, from a clone of this script's"
-        " repository with `pip install .`, or copy the folder flaxlm from there beside this script",
-        file=sys.stderr,
-    )
-    raise SystemExit(2) from None
+from flaxlm import (
+    arguments,
+    batches,
+    cli,
+    command_line,
+    corpus,
+    evaluation,
+    hub,
+    logs,
+    losses,
+    optimizers,
+    patches,
+    pretrained,
+    processes,
+    randomness,
+    runs,
+    sentences,
+    sharding,
+    token_rows,
+    weights,
+)
 
 # Shape letters at the end of names, outermost dimension first:
 #   A  micro-batches in one update      D  devices of this process      B  rows per device       T  tokens in a row
@@ -155,8 +153,8 @@ class DataTrainingArguments(arguments.DataArguments):
             return "input_ids"
         if "next_sentence_label" in dataset.column_names:
             cli.fail("the data has a next_sentence_label, so its pairs are made: add --is_already_preprocessed")
-        if len(dataset) == 1 and not self.streaming:
-            remedy = "" if self.line_by_line else ", divided by blank lines in a txt file (or --line_by_line)"
+        if len(dataset) == 1:  # of a stream these are the first thousand
+            remedy = "" if self.line_by_line else ", divided by blank lines (not of spaces) in a txt file (or --line_by_line)"
             cli.fail(f"the data is one document, in which no sentence is from another: give several{remedy}")
         return super().source_column(dataset, collator)
 
@@ -175,6 +173,15 @@ def check_pairs(dataset: datasets.Dataset, collator: "Collator") -> None:
     """Refuse pairs made elsewhere if columns are missing, or don't fit the model, the tokenizer or the flags."""
     for name in collator.columns.keys() - {"token_type_ids"} - set(dataset.column_names):
         cli.fail(f"--is_already_preprocessed: the data has no column {name}, only {', '.join(dataset.column_names)}")
+    for name in collator.columns.keys() & set(dataset.column_names):
+        feature = dataset.features[name]
+        is_list = isinstance(feature, datasets.List | datasets.LargeList)
+        dtype = str(getattr(feature.feature if is_list else feature, "dtype", ""))
+        if is_list != (name != "next_sentence_label") or not dtype.startswith(("int", "uint", "bool")):
+            wanted = "a whole number" if name == "next_sentence_label" else "a list of whole numbers"
+            cli.fail(f"--is_already_preprocessed: column {name} must hold {wanted} in each row")
+        if dataset.data.column(name).null_count:
+            cli.fail(f"--is_already_preprocessed: column {name} has rows without a value")
     if "token_type_ids" not in dataset.column_names:
         cli.logger.warning("The data has no token_type_ids: both parts of a pair get type 0.")
     if max(dataset["next_sentence_label"][:]) not in (0, 1):
@@ -533,7 +540,7 @@ def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say (default: the command line); returns the results it also writes."""
     cli.set_up_logging()
-    args = model_args, data_args, training_args = arguments.parse(argv, DataTrainingArguments, MODELS, __doc__)
+    args = model_args, data_args, training_args = command_line.parse(argv, DataTrainingArguments, MODELS, __doc__)
     cli.logger.info("Arguments other than the defaults: %s", arguments.changed(*args))
     processes.join(training_args)
     uploads = hub.connect(training_args)
@@ -552,7 +559,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Sizes, weights, optimizer, and two programs over all devices, which are compiled when they are first called.
     plan = batches.make_plan(training_args, data.num_train_rows, collator.row_length)
-    outputs.prepare(training_args)
     mesh = sharding.make_mesh()
     model, params = weights.load_model(config, args, MODELS, mesh)
     logs.log_plan(plan, data, collator.row_length, params)
@@ -571,6 +577,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             state = run.start(sharding.create_train_state(params, optimizer, mesh))
             host_batches = batches.train_batches(data.train, collator, plan, training_args.seed, run.step, run.position)
             dropout_rng = randomness.device_rng(training_args.seed, "dropout", impl="rbg")
+            if training_args.do_eval:
+                evaluate.try_out(state.params, run.stop)
             with run.training():
                 if run.is_due("eval"):  # a resumed run may have been stopped in an evaluation
                     run.report(evaluate(state.params, run.stop))
@@ -591,4 +599,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, __file__))
+    cli.end(cli.run(main, __file__))

@@ -27,6 +27,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+try:
+    import flaxlm
+except ImportError:
+    print(
+        f"{Path(__file__).name}: error: needs the package flaxlm 0.2.0: install it, from a clone of its repository with"
+        " `pip install .`, or copy the folder flaxlm from there beside this script",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
+flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,37 +53,24 @@ from transformers import (
     T5Config,
 )
 
-VERSION = "0.2.0"  # of the package flaxlm that this script was written for
-try:
-    import flaxlm
-
-    if flaxlm.__version__ != VERSION:
-        raise ImportError(f"there is {flaxlm.__version__} in {Path(flaxlm.__file__).parent}")
-    from flaxlm import (
-        arguments,
-        batches,
-        cli,
-        corpus,
-        evaluation,
-        hub,
-        logs,
-        optimizers,
-        outputs,
-        patches,
-        pretrained,
-        processes,
-        randomness,
-        runs,
-        sharding,
-        weights,
-    )
-except ImportError as error:
-    print(
-        f"{Path(__file__).name}: error: needs the package flaxlm {VERSION} ({error}): install it, from a clone of this script's"
-        " repository with `pip install .`, or copy the folder flaxlm from there beside this script",
-        file=sys.stderr,
-    )
-    raise SystemExit(2) from None
+from flaxlm import (
+    arguments,
+    batches,
+    cli,
+    command_line,
+    corpus,
+    evaluation,
+    hub,
+    logs,
+    optimizers,
+    patches,
+    pretrained,
+    processes,
+    randomness,
+    runs,
+    sharding,
+    weights,
+)
 
 # Shape letters at the end of names, outermost dimension first:
 #   A  micro-batches in one update      D  devices of this process      B  rows per device       N  rows
@@ -112,6 +110,14 @@ class DataTrainingArguments(arguments.DataArguments):
         for name in ("mlm_probability", "mean_noise_span_length"):
             if self.objective == "ul2" and getattr(self, name) != getattr(DataTrainingArguments, name):
                 cli.fail(f"--{name}: not with --objective ul2, whose denoisers have their own; drop one of the two")
+        least = self.mlm_probability / (1 - self.mlm_probability)  # of mean lengths that leave a clean token between spans
+        if self.objective == "span_corruption" and self.mean_noise_span_length < least * (1 - 1e-9):
+            noise = f"--mlm_probability {self.mlm_probability} --mean_noise_span_length {self.mean_noise_span_length}"
+            least = math.ceil(1000 * least * (1 - 1e-9)) / 1000
+            cli.fail(
+                f"{noise}: no clean token is left between so many spans; give a mean length of {least:g} or more, or a lower"
+                " probability"
+            )
         shortest = 4 if self.objective == "ul2" else 3
         if self.max_seq_length is not None and self.max_seq_length < shortest:
             cli.fail(f"--max_seq_length {self.max_seq_length}: noise of this kind needs {shortest} tokens or more")
@@ -127,7 +133,9 @@ def tokenize_texts(batch: Mapping[str, list], tokenizer: PreTrainedTokenizerBase
     texts = [text for text in batch[text_column] if text and not text.isspace()]
     if not texts:
         return {"input_ids": []}
-    return {"input_ids": tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]}
+    with weights.tokenizer_as_loaded(tokenizer):
+        encoding = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    return {"input_ids": encoding["input_ids"]}
 
 
 # ---- Rows to batches: noise and labels -----------------------------------------------------------------------------------
@@ -157,11 +165,15 @@ def noise_counts(num_tokens, noise_density, mean_span_length) -> tuple[np.ndarra
     """How many of `num_tokens` tokens become noise, and in how many spans; numbers or arrays that broadcast.
 
     A row of two or more tokens has at least one of noise, one of clean text, and one span; a shorter one has no noise.
-    Halves are rounded to even. This is the only such formula: lengths and noise cannot disagree.
+    There are never more spans than clean tokens between them. Halves are rounded to even. This is the only such formula:
+    lengths and noise cannot disagree.
     """
     noise = np.minimum(np.maximum(np.rint(num_tokens * noise_density), 1), np.maximum(num_tokens - 1, 0))
     rarer = np.minimum(noise, num_tokens - noise)
-    spans = np.minimum(np.maximum(np.rint(rarer / mean_span_length), 1), rarer)
+    # Spans are of noise, as in T5's random_spans_helper. Up to a half of noise the rarer of the two is divided, as ever: where
+    # noise is the odd token more, it decides between two counts.
+    divided = np.where(np.asarray(noise_density) > 0.5, noise, rarer)
+    spans = np.minimum(np.maximum(np.rint(divided / mean_span_length), 1), rarer)
     return noise.astype(np.int64), spans.astype(np.int64)
 
 
@@ -326,25 +338,31 @@ def span_edges(
 
 def find_mode_ids(tokenizer: PreTrainedTokenizerBase, denoisers: Sequence[Denoiser]) -> np.ndarray:
     """Ids of the denoisers' mode tokens, none if they have no modes."""
-    vocab = tokenizer.get_vocab()
     modes = [denoiser.mode for denoiser in denoisers if denoiser.mode]
-    missing = sorted({mode for mode in modes if mode not in vocab})
+    ids = find_ids(tokenizer, modes)
+    missing = sorted({mode for mode, token_id in zip(modes, ids, strict=True) if token_id is None})
     if missing:
         cli.fail(f"--objective ul2: the tokenizer lacks the mode tokens {', '.join(missing)}; add them to it")
-    return np.array([vocab[mode] for mode in modes], np.int32)
+    return np.array(ids, np.int32)
 
 
 def find_sentinel_ids(tokenizer: PreTrainedTokenizerBase, num_sentinels: int, settings: str) -> np.ndarray:
     """Ids of <extra_id_0>, <extra_id_1>, ... by name; `settings` are the flags that ask for so many."""
-    vocab = tokenizer.get_vocab()
     names = [f"<extra_id_{j}>" for j in range(num_sentinels)]
-    num_found = next((j for j, name in enumerate(names) if name not in vocab), num_sentinels)
+    ids = find_ids(tokenizer, names)
+    num_found = ids.index(None) if None in ids else num_sentinels
     if num_found < num_sentinels:
         cli.fail(
             f"{settings}: up to {num_sentinels} spans in a row, each of which needs a sentinel, but the tokenizer has"
             f" {num_found}: lower --max_seq_length, or use a tokenizer with {names[0]} to {names[-1]}"
         )
-    return np.array([vocab[name] for name in names], np.int32)
+    return np.array(ids, np.int32)
+
+
+def find_ids(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[int | None]:
+    """Ids of tokens, None where there is no such token. In mT5's vocabulary they are pieces like others: ▁<extra_id_0>."""
+    vocab = tokenizer.get_vocab()
+    return [vocab.get(name, vocab.get(f"▁{name}")) for name in names]
 
 
 # ---- Loss ----------------------------------------------------------------------------------------------------------------
@@ -433,7 +451,7 @@ def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say (default: the command line); returns the results it also writes."""
     cli.set_up_logging()
-    args = model_args, data_args, training_args = arguments.parse(argv, DataTrainingArguments, MODELS, __doc__)
+    args = model_args, data_args, training_args = command_line.parse(argv, DataTrainingArguments, MODELS, __doc__)
     cli.logger.info("Arguments other than the defaults: %s", arguments.changed(*args))
     processes.join(training_args)
     uploads = hub.connect(training_args)
@@ -452,7 +470,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Sizes, weights, optimizer, and two programs over all devices, which are compiled when they are first called.
     plan = batches.make_plan(training_args, data.num_train_rows, collator.row_length)
-    outputs.prepare(training_args)
     mesh = sharding.make_mesh()
     model, params = weights.load_model(config, args, MODELS, mesh)
     logs.log_plan(plan, data, collator.row_length, params)
@@ -471,6 +488,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             state = run.start(sharding.create_train_state(params, optimizer, mesh))
             host_batches = batches.train_batches(data.train, collator, plan, training_args.seed, run.step, run.position)
             dropout_rng = randomness.device_rng(training_args.seed, "dropout", impl="rbg")
+            if training_args.do_eval:
+                evaluate.try_out(state.params, run.stop)
             with run.training():
                 if run.is_due("eval"):  # a resumed run may have been stopped in an evaluation
                     run.report(evaluate(state.params, run.stop))
@@ -491,4 +510,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, __file__))
+    cli.end(cli.run(main, __file__))

@@ -26,7 +26,7 @@ from transformers import (
     T5Config,
 )
 
-from flaxlm import arguments, batches, files, optimizers, patches, pretrained, sharding, token_rows
+from flaxlm import arguments, batches, command_line, files, optimizers, patches, pretrained, sharding, token_rows
 from flaxlm.token_rows import Collator, TokenRows
 from quickstart.python_docs_corpus import documents, standard_library_files
 
@@ -170,7 +170,7 @@ def set_up(options: argparse.Namespace) -> Setup:
         "weight_decay": 0.01, "max_steps": 10**9, "lr_scheduler_type": "constant",
     }  # fmt: skip
     argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    args = arguments.parse([*argv, "--do_train"], script.DataTrainingArguments, script.MODELS, None)
+    args = command_line.parse([*argv, "--do_train"], script.DataTrainingArguments, script.MODELS, None)
     tokenizer = make_tokenizer(text_file)
     pretrained.match_config_and_tokenizer(config, tokenizer, args.model)
     row_length = pretrained.choose_row_length(args.data, config, tokenizer)

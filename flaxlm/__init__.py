@@ -5,10 +5,13 @@ Each module imports only those above it in this list (tests/test_house.py sees t
 
     cli          how a program talks and ends: flags, one line for a mistake, exit statuses, log, progress bars
     randomness   named streams of random numbers
-    files        formats of text and reading one; writing other files whole or not at all
+    formats      text in files of several formats, read table by table
+    files        text in local files, and what is prepared of it; writing other files whole or not at all
     sentences    where the sentences of a text begin
-    arguments    the flags that all training scripts share, their limits and checks
+    arguments    the flags that all training scripts share
     processes    several processes that train together, and being told to stop
+    outputs      what lies in output_dir, and whose it is
+    command_line  the command line of a training script, read and checked
     sharding     mesh, compiled steps, the state they update
     pretrained   configuration and tokenizer
     layers       products, sums and dropout that are fast
@@ -22,7 +25,6 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     corpus       either of the two: the rows of a run
     batches      sizes, order, noise, and on to the devices
     optimizers   learning rate schedules, optimizers
-    outputs      what lies in output_dir
     logs         log lines, progress, TensorBoard
     evaluation   exact over all rows
     hub          uploads
@@ -39,4 +41,29 @@ Shape letters at the end of names, outermost dimension first:
 A joined letter is a merged dimension: input_ids_NT holds N = A * D * B rows. Model inputs keep their transformers names.
 """
 
+import os
+import signal
+import sys
+
 __version__ = "0.2.0"
+
+
+def begin(version: str, script: str, as_program: bool) -> None:
+    """First thing in a script: is this the version of the package that it was written for?
+
+    As a program it also ends at Ctrl-C from here on: the libraries take seconds to import, and jax swallows some interrupts.
+    """
+    name = os.path.basename(script)
+    if version != __version__:
+        place = os.path.dirname(os.path.abspath(__file__))
+        advice = "install that one, from its clone with `pip install .`, or copy its folder flaxlm beside this script"
+        print(f"{name}: error: needs the package flaxlm {version}, and {place} is {__version__}: {advice}", file=sys.stderr)
+        raise SystemExit(2)
+    if as_program:
+        signal.signal(signal.SIGINT, lambda *_: end_at_once(name))
+
+
+def end_at_once(name: str) -> None:
+    """End the program here and now, with the exit status of an interrupt."""
+    os.write(2, f"{name}: interrupted before training began; nothing to save\n".encode())
+    os._exit(128 + signal.SIGINT)

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags that all training scripts share, their limits, and checks of one against another."""
+"""The flags that all training scripts share, and which models an objective can train."""
 
 import dataclasses
-import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import datasets
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import PretrainedConfig
 
-from flaxlm import cli, files
+from flaxlm import files
 
 
 @dataclass
@@ -102,6 +100,8 @@ class TrainingArguments:
         metadata={"help": "Upload at the end, at every save too, or with the newest training state as last-checkpoint."},
     )
 
+    least_log_lines: ClassVar[int] = 0  # in a run, however short; set where logging_steps was not
+
 
 @dataclass
 class ModelArguments:
@@ -145,19 +145,18 @@ class DataArguments:
 
     dataset_name: str | None = field(
         default=None,
-        metadata={
-            "aliases": ["--dataset_path"],
-            "help": "Hub id, or a local directory (data files, or written by save_to_disk).",
-        },
+        metadata={"aliases": ["--dataset_path"], "help": "Hub id, or a local directory (of data files, or by save_to_disk)."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     data_dir: str | None = field(default=None, metadata={"help": "Directory within the dataset to take data files from."})
+    train_split_name: str | None = field(default=None, metadata={"help": "Split of the dataset to train on. Unset: train."})
+    eval_split_name: str | None = field(default=None, metadata={"help": "Split to evaluate. Unset: validation, else held out."})
     train_file: str | None = field(
-        default=None, metadata={"help": "Training text: txt, csv, json, jsonl or parquet, also .gz, .bz2 or .xz."}
+        default=None, metadata={"help": "Training text: txt, csv, tsv, json, jsonl or parquet, also .gz, .bz2 or .xz."}
     )
     validation_file: str | None = field(default=None, metadata={"help": "Evaluation text, formats as for train_file."})
     text_column_name: str | None = field(
-        default=None, metadata={"help": "Column with the text. Unset: 'text' if there is one, else the first text column."}
+        default=None, metadata={"help": "Column with the text. Unset: 'text' if there is one, else the first that holds words."}
     )
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise again even if a cached result exists."})
     validation_split_percentage: int = field(
@@ -218,134 +217,17 @@ class Arguments(NamedTuple):
     training: TrainingArguments
 
 
-def parse(
-    argv: Sequence[str] | None, data_class: type[DataArguments], models: ModelClasses, description: str | None
-) -> Arguments:
-    """Read the command line (or its JSON file) and check all that can be checked without loading anything.
-
-    `data_class` has the objective's own flags beside those of DataArguments; `description` heads what --help prints.
-    """
-    parser = cli.ScriptArgumentParser(
-        (ModelArguments, data_class, TrainingArguments), description=(description or "").partition("\n")[0]
-    )
-    args = Arguments(*parser.parse(argv))
-    args.training.output_dir = os.path.expanduser(args.training.output_dir)
-    if not (args.training.do_train or args.training.do_eval):
-        args.training.do_train = args.training.do_eval = True
-    for part in args:
-        check_limits(part)
-    check_training_arguments(args.training)
-    check_data_arguments(args.data, args.training)
-    check_model_arguments(args.model, args.training, models)
-    check_output_dir(args.training)
-    args.data.check(args.model)
-    return args
-
-
-# Flag: (lowest, highest legal value, both included). An objective adds its own in DataArguments.limits.
-LIMITS = {
-    "per_device_train_batch_size": (1, math.inf),
-    "per_device_eval_batch_size": (1, math.inf),
-    "logging_steps": (1, math.inf),
-    "save_steps": (1, math.inf),
-    "save_total_limit": (1, math.inf),
-    "gradient_accumulation_steps": (1, math.inf),
-    "num_processes": (1, math.inf),
-    "process_id": (0, math.inf),
-    "shuffle_buffer_size": (1, math.inf),
-    "num_eval_samples": (1, math.inf),
-    "eval_steps": (1, math.inf),
-    "learning_rate": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "adam_beta1": (0, math.nextafter(1, 0)),
-    "adam_beta2": (0, math.nextafter(1, 0)),
-    "adam_epsilon": (0, math.inf),
-    "max_grad_norm": (0, math.inf),
-    "num_train_epochs": (math.nextafter(0, 1), math.inf),
-    "warmup_steps": (0, math.inf),
-    "warmup_ratio": (0, 1),
-    "validation_split_percentage": (1, 99),
-    "max_seq_length": (1, math.inf),
-    "preprocessing_num_workers": (1, math.inf),
-    "max_train_samples": (1, math.inf),
-    "max_eval_samples": (1, math.inf),
-    "seed": (0, 2**32 - 1),
-}
-
-
-def check_limits(part: Any) -> None:
-    """Numbers that are possible at all."""
-    for name, value in vars(part).items():
-        low, high = (LIMITS | getattr(part, "limits", {})).get(name, (-math.inf, math.inf))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            cli.fail(f"--{name} {value}: must be {'more than 0' if 0 < low < 1e-9 else limits}")
-
-
-def check_training_arguments(training_args: TrainingArguments) -> None:
-    """Do length, optimizer, schedule and processes go together?"""
-    if training_args.max_steps == 0 or training_args.max_steps < -1:
-        cli.fail(f"--max_steps {training_args.max_steps}: must be at least 1, or -1 to train for --num_train_epochs")
-    if training_args.coordinator_address is None and (training_args.num_processes or training_args.process_id) is not None:
-        cli.fail("--num_processes, --process_id: need --coordinator_address host:port, the address of process 0")
-    if training_args.coordinator_address and None in (training_args.num_processes, training_args.process_id):
-        cli.fail("--coordinator_address: needs --num_processes and --process_id too")
-    if training_args.lamb and training_args.adafactor:
-        cli.fail("--lamb, --adafactor: name one optimizer")
-    if training_args.lamb_no_bias_correction and not training_args.lamb:
-        cli.fail("--lamb_no_bias_correction: changes LAMB; add --lamb or drop the flag")
-    if training_args.groupbert_schedule and training_args.lr_scheduler_type != "linear":
-        cli.fail(f"--lr_scheduler_type {training_args.lr_scheduler_type}: not with --groupbert_schedule, which is linear")
-
-
-def check_data_arguments(data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """Is there data, and of a kind that can be read?"""
-    if data_args.streaming and training_args.do_train and training_args.max_steps < 1:
-        cli.fail("--streaming: needs --max_steps, since the length of a stream is not known")
-    if data_args.streaming and data_args.max_train_samples:
-        cli.fail("--max_train_samples: not with --streaming; --max_steps says how much is trained on")
-    if not (data_args.dataset_name or data_args.train_file or data_args.validation_file):
-        cli.fail("no data: give --dataset_name, or --train_file (and --validation_file)")
-    if training_args.do_train and not (data_args.dataset_name or data_args.train_file):
-        cli.fail("--do_train: needs --train_file or --dataset_name")
-    for name in ("train_file", "validation_file"):
-        if getattr(data_args, name):
-            files.check_text_file(getattr(data_args, name), f"--{name}")
-
-
-def check_model_arguments(model_args: ModelArguments, training_args: TrainingArguments, models: ModelClasses) -> None:
-    """Is it said which model, and which tokenizer; can it compute like that?"""
-    if not (model_args.config_name or model_args.model_name_or_path or model_args.model_type):
-        cli.fail("no model: give --config_name, --model_type or --model_name_or_path")
-    if not (model_args.tokenizer_name or model_args.model_name_or_path):
-        cli.fail("no tokenizer: give --tokenizer_name (prepare_model_dir.py trains one) or --model_name_or_path")
-    if model_args.model_type and model_args.model_type not in CONFIG_MAPPING:
-        cli.fail(f"--model_type {model_args.model_type}: unknown; {models.types()}")
-    if model_args.config_overrides and model_args.model_name_or_path:
-        cli.fail("--config_overrides: changes fresh models only; the weights of --model_name_or_path fix the configuration")
-    if model_args.dtype == "float16":
-        cli.fail("--dtype float16: would need loss scaling, which this script does not do; use bfloat16")
-    if training_args.attention_implementation == "cudnn" and model_args.dtype == "float32":
-        cli.fail("--attention_implementation cudnn: has no float32; add --dtype bfloat16, or use chunked")
-
-
-def check_output_dir(training_args: TrainingArguments) -> None:
-    """Is there a place for the results, and nothing in it that would be lost?"""
-    path = training_args.output_dir
-    if os.path.exists(path) and not os.path.isdir(path):
-        cli.fail(f"--output_dir {path}: is a file; name a directory")
-    occupied = os.path.isdir(path) and os.listdir(path)
-    may_be_occupied = training_args.overwrite_output_dir or training_args.resume_from_checkpoint
-    if training_args.do_train and occupied and not may_be_occupied:
-        cli.fail(f"--output_dir {path}: is not empty; name another or add --overwrite_output_dir")
-
-
 def public(*arguments: Any) -> dict[str, Any]:
     """All flags of this run except the secret ones, which are those that don't show in a repr."""
     return {f.name: getattr(part, f.name) for part in arguments for f in dataclasses.fields(part) if f.repr}
 
 
-def changed(*arguments: Any) -> str:
-    """The public flags that were set, as one would type them."""
+def changed_values(*arguments: Any) -> dict[str, Any]:
+    """The public flags that were set."""
     defaults = {f.name: f.default for part in arguments for f in dataclasses.fields(part)}
-    return " ".join(f"--{k} {v}" for k, v in public(*arguments).items() if v != defaults[k])
+    return {name: value for name, value in public(*arguments).items() if value != defaults[name]}
+
+
+def changed(*arguments: Any) -> str:
+    """The same, as one would type them."""
+    return " ".join(f"--{name} {value}" for name, value in changed_values(*arguments).items())

@@ -44,9 +44,13 @@ class Plan:
         return batch_size // self.num_processes
 
 
+MAX_STEPS = 2**31  # in an int32
+
+
 def make_plan(training_args: arguments.TrainingArguments, num_train_rows: int | None, row_length: int) -> Plan:
     """Work out batch sizes and numbers of steps, and refuse what cannot train; a stream's number of rows is None."""
-    micro_batch_size = training_args.per_device_train_batch_size * jax.device_count()
+    num_devices = len(processes.devices())
+    micro_batch_size = training_args.per_device_train_batch_size * num_devices
     train_batch_size = micro_batch_size * training_args.gradient_accumulation_steps
     steps_per_epoch = (num_train_rows or 0) // train_batch_size
     num_steps = num_warmup_steps = 0
@@ -59,6 +63,9 @@ def make_plan(training_args: arguments.TrainingArguments, num_train_rows: int | 
         num_steps = math.ceil(training_args.num_train_epochs * steps_per_epoch)
         if training_args.max_steps > 0:
             num_steps = training_args.max_steps
+        if num_steps >= MAX_STEPS:
+            flag = "--max_steps" if training_args.max_steps > 0 else "--num_train_epochs"
+            cli.fail(f"{flag}: makes {num_steps} steps; at most {MAX_STEPS - 1} can be counted")
         num_warmup_steps = training_args.warmup_steps or math.ceil(training_args.warmup_ratio * num_steps)
         if num_warmup_steps >= num_steps:
             flag = "--warmup_steps" if training_args.warmup_steps else "--warmup_ratio"
@@ -68,7 +75,7 @@ def make_plan(training_args: arguments.TrainingArguments, num_train_rows: int | 
         num_processes=jax.process_count(),
         process_index=jax.process_index(),
         train_batch_size=train_batch_size,
-        eval_batch_size=training_args.per_device_eval_batch_size * jax.device_count(),
+        eval_batch_size=training_args.per_device_eval_batch_size * num_devices,
         num_micro_batches=training_args.gradient_accumulation_steps,
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tells about a run afterwards: its record (run_info.json), the model card and a picture of its curves."""
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -13,7 +14,7 @@ import jax
 import matplotlib.figure
 from transformers import FlaxPreTrainedModel
 
-from flaxlm import arguments, files
+from flaxlm import arguments, files, outputs
 
 
 def run_info(script: str, args: arguments.Arguments) -> dict[str, Any]:
@@ -45,40 +46,37 @@ def write_model_card(
     repo_id: str | None,
 ) -> None:
     """README.md for people who find the model: what it was trained on and how, results, curves, how to load it."""
-    flags, info, output_dir = arguments.public(*args), run_info(script, args), args.training.output_dir
-    data = flags["dataset_name"] or os.path.basename(flags["train_file"] or flags["validation_file"])
+    info, output_dir = run_info(script, args), args.training.output_dir
+    source = args.model.model_name_or_path and shown_path(args.model.model_name_or_path)
+    data = shown_path(args.data.dataset_name or args.data.train_file or args.data.validation_file)
     architecture = type(model).__name__.removeprefix("Flax")
-    name = repo_id or os.path.basename(os.path.abspath(output_dir))
     draw_curves(os.path.join(output_dir, "training_curves.png"), curve, evaluations)
-    table = "\n".join(f"| {key} | {value:.4g} |" for key, value in sorted(results.items()))
+    table = "\n".join(f"| {label} | {figure} |" for label, figure in figures(results))
     versions = ", ".join(f"{key} {value}" for key, value in info["versions"].items())
+    tags = ", ".join(("jax", "flax", model.config.model_type, outputs.CARD_TAG))
+    name = repo_id or "."
+    where = "" if repo_id else "  # the directory of this file, or its path"
     card = f"""---
 library_name: transformers
-tags: [{", ".join(("jax", "flax", model.config.model_type, "generated_from_script"))}]
+tags: [{tags}]
 ---
 
-# {name}
+# {repo_id or os.path.basename(os.path.abspath(output_dir))}
 
-{architecture} trained by `{info["script"]}` on {data}, from {flags["model_name_or_path"] or "fresh weights"}.
+{architecture} trained by `{info["script"]}` on {data}, from {source or "fresh weights"}.
 
 ![Training and evaluation curves](training_curves.png)
 
-| result | value |
+| result | |
 |---|---|
 {table}
-
-## How it was trained
-
-`python {info["script"]} {arguments.changed(*args)}`
-
-Devices: {len(info["devices"])} of kind {info["device_kind"]}. Versions: {versions}.
 
 ## How to load it
 
 ```python
 from transformers import {architecture}, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}"){where}
 model = {architecture}.from_pretrained("{name}")  # PyTorch, transformers 4 or 5
 ```
 
@@ -87,20 +85,58 @@ from transformers import Flax{architecture}
 
 model = Flax{architecture}.from_pretrained("{name}")  # Flax, transformers 4
 ```
+
+## How it was trained
+
+`python {info["script"]} {" ".join(f"--{k} {shown_path(v)}" for k, v in arguments.changed_values(*args).items())}`
+
+Devices: {len(info["devices"])} of kind {info["device_kind"]}. Versions: {versions}.
 """
     files.write_text(os.path.join(output_dir, "README.md"), card)
+
+
+def shown_path(value: Any) -> Any:
+    """The last part of what is a path of this machine, which is nobody else's business; anything else as it is."""
+    is_local = isinstance(value, str) and (os.path.isabs(value) or value.startswith((".", "~")) or os.path.exists(value))
+    return os.path.basename(os.path.abspath(value)) if is_local else value
+
+
+# What results are called in a card, and how they are written.
+FIGURES = {
+    "eval_loss": ("evaluation loss, nats per label", "{:.3f}"),
+    "eval_masked_lm_loss": ("evaluation loss of masked tokens, nats per label", "{:.3f}"),
+    "eval_next_sentence_loss": ("evaluation loss of next sentences, nats per pair", "{:.3f}"),
+    "eval_accuracy": ("evaluation accuracy", "{:.1%}"),
+    "eval_next_sentence_accuracy": ("evaluation accuracy of next sentences", "{:.1%}"),
+    "eval_perplexity": ("evaluation perplexity", "{:,.2f}"),
+    "train_loss": ("training loss, mean over the run, nats per label", "{:.3f}"),
+    "train_steps": ("steps", "{:,.0f}"),
+    "epoch": ("epochs", "{:.2f}"),
+    "train_samples": ("rows of training data", "{:,.0f}"),
+    "train_runtime": ("training time", "{}"),
+    "train_tokens_per_second": ("tokens per second in training", "{:,.0f}"),
+}
+
+
+def figures(results: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(name, figure with its unit) of results, the known ones first."""
+    results = dict(results)
+    if "train_runtime" in results:
+        results["train_runtime"] = datetime.timedelta(seconds=round(results["train_runtime"]))
+    known = [(label, form.format(results.pop(name))) for name, (label, form) in FIGURES.items() if name in results]
+    return known + [(name.replace("_", " "), f"{value:,.4f}") for name, value in sorted(results.items())]
 
 
 def draw_curves(path: str, training: Sequence[tuple[int, float]], evaluations: Mapping[int, Mapping[str, float]]) -> None:
     """A picture of the loss: training (mean of each logging window) and evaluation."""
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*training, strict=True), label="training")
+    axes.plot(*zip(*training, strict=True), "-" if len(training) > 1 else "o", label="training")
     if evaluations:
         evaluation = [(step, evaluations[step]["eval_loss"]) for step in sorted(evaluations)]
         axes.plot(*zip(*evaluation, strict=True), "o-", label="evaluation")
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(f"{path}.tmp", format="png", dpi=120)
-    os.replace(f"{path}.tmp", path)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

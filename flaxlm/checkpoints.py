@@ -2,6 +2,7 @@
 """The training state on disk: saved in the background, verified, rotated, restored; and what it must be restored with."""
 
 import concurrent.futures
+import contextlib
 import copy
 import json
 import logging
@@ -9,7 +10,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ class Saver:
         self.failed = True
         code = re.search(r"os_error_code='(\d+)'", str(error))  # somewhere in a long line about orbax's files
         reason = os.strerror(int(code[1])) if code else cli.first_line(error)
-        logger.error("Step %d could not be saved: %s. What was saved before is untouched.", self.saved_step, reason)
+        logger.error("Step %d could not be saved: %s. %s.", self.saved_step, reason, self.what_is_there())
         half_written = outputs.checkpoint_path(self.args.output_dir, self.saved_step) + outputs.TEMPORARY_SUFFIX
         shutil.rmtree(half_written, ignore_errors=True)
 
@@ -114,9 +115,14 @@ class Saver:
         """Raise NotSavedError if the last state did not get to the disk."""
         if self.failed:
             raise NotSavedError(
-                f"the state after the last step was not saved in {self.args.output_dir}; the log says why, earlier ones are"
-                " there"
+                f"the state after the last step was not saved in {self.args.output_dir}; the log says why."
+                f" {self.what_is_there()}"
             )
+
+    def what_is_there(self) -> str:
+        found = outputs.find_checkpoints(self.args.output_dir)
+        steps = ", ".join(str(step) for step, _ in found[::-1])
+        return f"What was saved before is untouched: step {steps}" if found else "Nothing has been saved so far"
 
 
 CHECKSUMS = "checksums.json"
@@ -140,15 +146,24 @@ def file_checksums(path: str) -> dict[str, int]:
     return checksums
 
 
-def check_checksums(path: str) -> None:
-    """Raise ValueError if a file is not what it was; a run killed right after a save has left no checksums."""
+class DamagedError(Exception):
+    """A checkpoint is not what was written."""
+
+
+def check_checksums(path: str) -> bool:
+    """Raise DamagedError if a file is not what it was; False if a run killed right after its save has left no checksums."""
     noted = Path(path, CHECKSUMS)
     if not noted.exists():
-        return
+        return False
     found = file_checksums(path)
-    for name, checksum in json.loads(noted.read_text()).items():
+    try:
+        wanted = json.loads(noted.read_text("utf-8")).items()
+    except (ValueError, AttributeError):
+        raise DamagedError(f"{CHECKSUMS} is not what was written") from None
+    for name, checksum in wanted:
         if found.get(name) != checksum:
-            raise ValueError(f"{name} is {'not what was written' if name in found else 'missing'}")
+            raise DamagedError(f"{name} is {'not what was written' if name in found else 'missing'}")
+    return True
 
 
 def restore(
@@ -158,32 +173,86 @@ def restore(
     source = os.path.abspath(output_dir if resume_from == "latest" else resume_from)
     if not os.path.isdir(source):
         cli.fail(f"--resume_from_checkpoint {source}: no such directory")
-    paths = [source] if os.path.isdir(os.path.join(source, "state")) else [path for _, path in outputs.find_checkpoints(source)]
+    paths = [source] if outputs.is_checkpoint(Path(source)) else [path for _, path in outputs.find_checkpoints(source)]
+    anew = "to start anew, put --overwrite_output_dir in the flag's place"
     if not paths:
-        cli.fail(f"--resume_from_checkpoint: there is no checkpoint in {source}; leave the flag out to start anew")
+        cli.fail(f"--resume_from_checkpoint: there is no checkpoint in {source}; {anew}")
     for path in paths:
         try:
             return read_checkpoint(path, state, identity)
-        except cli.Mistake:
-            raise
-        except Exception as error:
-            logger.warning("%s is damaged and passed over: %s", path, cli.first_line(error)[:200])
+        except DamagedError as damage:
+            logger.warning("%s is damaged and passed over: %s", path, cli.first_line(damage)[:200])
             if jax.process_index() == 0 and len(paths) > 1:
-                os.replace(path, f"{path}.damaged")  # so that it does not count as the newest
-    cli.fail(f"--resume_from_checkpoint: no checkpoint in {source} can be read; leave the flag out to start anew")
+                set_aside(path)
+    cli.fail(f"--resume_from_checkpoint: no checkpoint in {source} can be read; {anew}")
+
+
+def set_aside(path: str) -> None:
+    """Rename a damaged checkpoint, so that it does not count as the newest; where nothing may be renamed it stays."""
+    with contextlib.suppress(OSError):
+        os.replace(path, f"{path}.damaged")
 
 
 def read_checkpoint(
     path: str, state: sharding.TrainState, identity: Mapping[str, Any]
 ) -> tuple[sharding.TrainState, dict[str, Any]]:
-    """(state, progress) of one checkpoint, in the shapes and places of `state`; raises whatever damage leads to."""
-    check_checksums(path)
+    """(state, progress) of one checkpoint, in the shapes and places of `state`.
+
+    Raises:
+        DamagedError: it is not what was written.
+        Accident: it is, and cannot be read all the same: the checkpoint is not to blame.
+    """
     checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-    progress = checkpointer.restore(path, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
-    check_identity(progress["identity"], identity, path)
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    contents = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-    return checkpointer.restore(path, args=contents)["state"], progress
+    verified = False
+    try:
+        verified = check_checksums(path)
+        progress = checkpointer.restore(path, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+        check_progress(progress)
+        check_identity(progress["identity"], identity, path)
+        contents = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        return checkpointer.restore(path, args=contents)["state"], progress
+    except (DamagedError, cli.Ending):
+        raise
+    except Exception as error:
+        if verified or isinstance(error, PermissionError):
+            raise cli.Accident(f"{path} cannot be read, though its files are whole: {cli.first_line(error)}") from error
+        raise DamagedError(cli.first_line(error)) from error
+
+
+NUMBER = (int, float)
+PROGRESS = {
+    "step": int, "identity": dict, "window": list, "curve": list, "evaluations": dict, "positions": list,
+    **dict.fromkeys(("window_started", "loss_sum", "weight_sum", "num_tokens", "train_time"), NUMBER),
+}  # fmt: skip
+
+
+LOGGED = ("step", "tokens", "loss", "weight", "grad_norm", "learning_rate")  # of each step in the window
+
+
+def holds_numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, NUMBER) for value in values)
+
+
+def check_progress(progress: Any) -> None:
+    """Raise DamagedError if it is not what `Run.save` writes; JSON tells nothing of that."""
+    for name, kind in PROGRESS.items():
+        if not isinstance(progress, dict) or not isinstance(progress.get(name), kind) or isinstance(progress[name], bool):
+            raise DamagedError(f"its progress holds no {name}")
+    window, curve, positions = progress["window"], progress["curve"], progress["positions"]
+    parts = {
+        "step": progress["step"] >= 0,
+        "window": all(isinstance(point, dict) and holds_numbers(map(point.get, LOGGED)) for point in window),
+        "curve": all(isinstance(pair, list) and len(pair) == 2 and holds_numbers(pair) for pair in curve),
+        "evaluations": all(
+            step.isdecimal() and isinstance(metrics, dict) and holds_numbers(metrics.values())
+            for step, metrics in progress["evaluations"].items()
+        ),
+        "positions": len(positions) == jax.process_count() and all(p is None or isinstance(p, dict) for p in positions),
+    }
+    for name, is_right in parts.items():
+        if not is_right:
+            raise DamagedError(f"{name} in its progress is not what was written")
 
 
 # Flags that a resumed run may change: they decide what is written, where and when, not what is computed.
@@ -224,5 +293,5 @@ def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any], path: s
         if saved.get(name) != current.get(name):
             cli.fail(
                 f"{name} is {current.get(name)}, but {path} was made with {saved.get(name)}: going on would not give what an"
-                " uninterrupted run gives; restore it, or start anew without --resume_from_checkpoint"
+                " uninterrupted run gives; restore it, or start anew with --overwrite_output_dir in place of the flag"
             )

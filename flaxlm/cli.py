@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a program talks and ends: flags, one line for a mistake, exit statuses, log and progress bars."""
 
+import argparse
 import contextlib
+import datetime
+import errno
 import functools
 import json
 import logging
+import os
+import signal
 import sys
+import threading
+import time
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
+import huggingface_hub
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import HfArgumentParser
@@ -49,27 +59,101 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever a library raises within is told in a line about `what`, which names flags: the net below better messages.
+
+    A full disk or too little memory is an accident; anything else in a file or a value is a mistake.
+    """
+    try:
+        yield
+    except Ending:
+        raise
+    except Exception as error:
+        reason = f"{what}: {first_line(error)} ({type(error).__name__})"
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in ACCIDENTS:
+            raise Accident(reason) from error
+        raise Mistake(" ".join(reason.split())) from error
+
+
+ACCIDENTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EFBIG}
+TRACEBACK = "FLAXLM_TRACEBACK"  # in the environment: show where it happened, too
+
+
 def run(main: Callable[[], Any], script: str) -> int:
     """main() as a program: its exit status; how it ended, if not well, is one line that begins with the script's name."""
     silence_late_writes()
+    name = Path(script).name
     try:
-        main()
-    except Ending as ending:
-        print(f"{Path(script).name}: {ending.label}{ending}", file=sys.stderr)
-        return ending.status
+        with interruptible(name):
+            main()
+        return 0
     except KeyboardInterrupt:
-        print(f"{Path(script).name}: interrupted before training began; nothing to save", file=sys.stderr)
-        return 130
-    return 0
+        status, line = 128 + signal.SIGINT, INTERRUPTED
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        if isinstance(error, Ending):
+            status, line = error.status, f"{error.label}{error}"
+        else:
+            status, reason = 1, f"unexpected {type(error).__name__}: {first_line(error)}"
+            line = f"error: {reason}; {TRACEBACK}=1 in the environment shows where"
+    print(f"{name}: {line}", file=sys.stderr)
+    return status
+
+
+INTERRUPTED = "interrupted before training began; nothing to save"
+
+
+@contextlib.contextmanager
+def interruptible(name: str) -> Iterator[None]:
+    """Within this context Ctrl-C raises KeyboardInterrupt and, should a library swallow that, ends the program all the same.
+
+    jax calls Python back from garbage collection, where an exception is printed and forgotten. Training has a handler of its
+    own in place of this one (processes.StopSignal).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner, timers = os.getpid(), []
+
+    def handle(signum: int, frame) -> None:
+        if os.getpid() != owner:  # a process that tokenises: its owner has been interrupted as well
+            os._exit(128 + signum)
+        timers.append(threading.Timer(1.0, end_at_once))
+        timers[-1].daemon = True
+        timers[-1].start()
+        raise KeyboardInterrupt
+
+    def end_at_once() -> None:
+        os.write(2, f"{name}: {INTERRUPTED}\n".encode())
+        os._exit(128 + signal.SIGINT)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+        signal.signal(signal.SIGINT, previous)
+
+
+def end(status: int) -> NoReturn:
+    """Leave the program, within seconds: orbax, after a save that failed, leaves threads behind that wait for ever."""
+    timer = threading.Timer(5.0, os._exit, [status])
+    timer.daemon = True
+    timer.start()
+    sys.exit(status)
 
 
 def silence_late_writes() -> None:
-    """When a save fails, orbax stops listening to its other writes; each would protest, in one of these ways."""
+    """Failed writes are reported by us; threads of orbax and TensorBoard would protest besides, in one of these ways."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = lambda unraisable: (
         str(unraisable.exc_value) == "Event loop is closed" or sys.__unraisablehook__(unraisable)
     )
+    threading.excepthook = lambda args: type(args.thread).__name__ == "_AsyncWriterThread" or threading.__excepthook__(args)
 
 
 # ---- The command line ----------------------------------------------------------------------------------------------------
@@ -78,13 +162,18 @@ def silence_late_writes() -> None:
 class ScriptArgumentParser(HfArgumentParser):
     """HfArgumentParser whose errors are one line, and whose first argument may be a JSON file of arguments.
 
-    Flags after the JSON file override it. Its values are checked as if they stood on the command line.
+    Flags after the JSON file override it. Its values are checked as if they stood on the command line. `groups` are headings
+    for --help, each with names of flags; what is in none stands first. After `parse`, `given` names the flags that were set.
     """
 
     VENDOR_FLAGS = (
         "ipu_config_name", "ipu_config_overrides", "n_ipu", "fp32", "loss_scaling", "auto_loss_scaling", "dataloader_mode",
         "compile_only", "pad_on_batch_axis",
     )  # fmt: skip
+
+    def __init__(self, *args, groups: Mapping[str, Sequence[str]] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.groups, self.given = groups or {}, set()
 
     def error(self, message: str) -> NoReturn:
         fail(message)
@@ -94,27 +183,85 @@ class ScriptArgumentParser(HfArgumentParser):
         argv = list(sys.argv[1:] if argv is None else argv)
         if argv and argv[0].endswith(".json"):
             argv[:1] = self.read_json(argv[0])
-        *arguments, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        words = [word.partition("=")[0] for word in argv]
+        self.given = {self._option_string_actions[word].dest for word in words if word in self._option_string_actions}
+        try:
+            *arguments, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        except (OSError, UnicodeError) as error:  # of a .args file beside the script
+            fail(f"{Path(sys.argv[0]).with_suffix('.args')}: cannot be read: {first_line(error)}")
         if unknown:
-            fail(f"{unknown[0]}: {self.objection(unknown[0])}")
+            flag = unknown[0].partition("=")[0]  # its value may be secret
+            fail(f"{flag}: {self.objection(flag)}")
+        for part in arguments:
+            check_text(part)
         return tuple(arguments)
 
     def objection(self, flag: str) -> str:
-        if flag.lstrip("-").partition("=")[0] in self.VENDOR_FLAGS:
+        if flag.lstrip("-") in self.VENDOR_FLAGS:
             return "is made for one vendor's hardware, remove it: JAX places the program on the devices by itself"
+        if flag.endswith(".json"):
+            return "a JSON file of arguments must come first, before all flags"
         return "no such flag; --help lists them all"
 
     def read_json(self, path: str) -> list[str]:
         try:
-            values = json.loads(Path(path).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            values = json.loads(Path(path).read_text("utf-8-sig"))
+        except (OSError, ValueError, RecursionError) as error:
             fail(f"{path}: cannot be read as JSON: {first_line(error)}")
         if not isinstance(values, dict):
             fail(f"{path}: must hold one JSON object, of flag names and values")
-        for name in values:
-            if f"--{name}" not in self._option_string_actions:  # the names of flags, and other names they go by
+        argv = []
+        for name, value in values.items():
+            action = self._option_string_actions.get(f"--{name}")  # the names of flags, and other names they go by
+            if action is None:
                 fail(f"{path}: '{name}': {self.objection(name)}")
-        return [f"--{name}={value}" for name, value in values.items() if value is not None]
+            if isinstance(value, dict | list):
+                fail(f"{path}: '{name}': takes one value, not a {'list' if isinstance(value, list) else 'JSON object'}")
+            if isinstance(value, bool) and action.type is str:
+                value = None if action.const is None or not value else action.const  # a bare flag: true or false
+            elif isinstance(value, float) and value.is_integer() and action.type is int:
+                value = int(value)
+            if value is not None:
+                argv.append(f"--{name}={value}")
+        return argv
+
+    def format_help(self) -> str:
+        """Flags by groups, each once: hyphens for underscores are accepted too, but not listed."""
+        formatter = FlagFormatter(self.prog)
+        formatter.add_usage(f"{self.prog} [FILE.json] [--flag value ...]", [], [])
+        formatter.add_text(self.description)
+        grouped = {name for names in self.groups.values() for name in names}
+        others = [action.dest for action in self._actions if action.dest not in grouped]
+        for heading, names in {"flags of the objective" if self.groups else "flags": others, **self.groups}.items():
+            formatter.start_section(heading)
+            formatter.add_arguments([action for action in self._actions if action.dest in names])
+            formatter.end_section()
+        return formatter.format_help()
+
+
+class FlagFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """A flag with its value, in one spelling; a default is told if it says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.option_strings[0].startswith("--no_"):
+            return f"Switch {action.dest} off."
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        kind = "|".join(map(str, action.choices)) if action.choices else {int: "N", float: "X"}.get(action.type, "TEXT")
+        value = "" if action.nargs == 0 or isinstance(action.default, bool) else f" {kind}"
+        return ", ".join(string for string in action.option_strings if "-" not in string.strip("-")) + value
+
+
+def check_text(part: Any) -> None:
+    """Refuse text that no path and no tokenizer can take: NUL, or half of a surrogate pair that stands for no byte."""
+    for name, value in vars(part).items():
+        try:
+            is_text = not isinstance(value, str) or b"\0" not in os.fsencode(value)
+        except UnicodeEncodeError:
+            is_text = False
+        if not is_text:
+            fail(f"--{name}: holds a character that is no text (NUL, or half of a surrogate pair)")
 
 
 # ---- Log and progress ----------------------------------------------------------------------------------------------------
@@ -126,6 +273,9 @@ def set_up_logging() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
+    if not sys.stderr.isatty():  # where their bars would be cursor codes
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
     # Said at every start; requirements.txt pins the release for that reason and the documentation explains it.
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax; what fails there is reported here
     flax_logger = logging.getLogger("transformers.modeling_flax_utils")
@@ -137,12 +287,40 @@ def log_once(message: str, *args) -> None:
     logger.warning(message, *args)
 
 
-def progress_bar(**kwargs) -> tqdm:
-    """A bar on standard error: lively on a terminal; in a log file a line a minute, and none for what is done sooner."""
-    if not sys.stderr.isatty():
-        bar_format = "{desc}: {n_fmt} of {total_fmt} ({elapsed} so far, {remaining} to go)\n"
-        kwargs |= {"mininterval": 60, "maxinterval": 60, "delay": 60, "bar_format": bar_format}
-    return tqdm(leave=False, dynamic_ncols=True, **kwargs)
+class ProgressLines:
+    """Progress in a log file: a line a minute, and none for what is done sooner. Used as a tqdm bar is."""
+
+    SECONDS = 60.0
+
+    def __init__(self, total: int, desc: str, unit: str, initial: int = 0):
+        self.total, self.desc, self.unit, self.initial, self.n = total, desc, unit, initial, initial
+        self.started = self.told = time.monotonic()
+
+    def __enter__(self) -> "ProgressLines":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        now = time.monotonic()
+        if now - self.told < self.SECONDS:
+            return
+        self.told, elapsed = now, now - self.started
+        left = elapsed / max(self.n - self.initial, 1) * (self.total - self.n)
+        so_far, to_go = (datetime.timedelta(seconds=round(seconds)) for seconds in (elapsed, left))
+        logger.info("%s: %s %d of %d (%s so far, %s to go)", self.desc, self.unit, self.n, self.total, so_far, to_go)
+
+    def close(self) -> None:
+        """Nothing is left to clear away."""
+
+
+def progress_bar(total: int, desc: str, unit: str, initial: int = 0) -> tqdm | ProgressLines:
+    """A bar on a terminal; in a log file a line a minute."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=desc, unit=unit, initial=initial, leave=False, dynamic_ncols=True)
+    return ProgressLines(total, desc, unit, initial)
 
 
 def log_above_bars() -> contextlib.AbstractContextManager:

@@ -13,7 +13,7 @@ class Corpus(NamedTuple):
 
     train: TokenRows | TextStream | None
     validation: TokenRows | None
-    identity: str | int | None  # a resumed run must have the same
+    identity: str | int | None  # of what is trained on: a resumed run must have the same
 
     @property
     def num_train_rows(self) -> int | None:
@@ -33,14 +33,16 @@ def prepare(args: arguments.Arguments, tokenize_fn: TokenizeFn, collator: Collat
     """Text to rows of tokens. `tokenize_fn` and `collator` are the objective's; the other arguments say which text."""
     if args.data.streaming:
         train, validation = streams.open_streams(args, tokenize_fn, collator)
-        identity = streams.stream_name(args.data) if train else None
+        identity = train and train.identity
     else:
         with processes.main_first():
-            splits = text.load_splits(args)
+            splits = text.load_splits(args, collator)
             rows = token_rows.tokenize_and_group(splits, tokenize_fn, collator, args.data, args.model.cache_dir)
         train, validation = rows.get("train"), rows.get("validation")
         train = train and first_rows(train, args.data.max_train_samples)
         identity = train and token_rows.checksum(train)
+        if train and not token_rows.gives_labels(train, collator):
+            token_rows.refuse_without_labels("train")
     return Corpus(train, validation and first_rows(validation, args.data.max_eval_samples), identity)
 
 

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation over all rows, exact whatever the batches."""
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm import batches, cli, processes, sharding
+from flaxlm import batches, cli, processes, randomness, sharding, token_rows
 from flaxlm.token_rows import Collator, TokenRows
 
 
@@ -25,8 +28,23 @@ class Evaluator:
         p_eval_step: sharding.CompiledStep,
         eval_metrics: Callable[[Mapping[str, float]], dict[str, float]],
     ):
+        if rows:  # a batch larger than all rows would hold nothing more
+            most = mesh.size * math.ceil(len(rows["input_ids"]) / mesh.size)
+            plan = dataclasses.replace(plan, eval_batch_size=min(plan.eval_batch_size, most))
         self.rows, self.collator, self.plan, self.seed = rows, collator, plan, seed
         self.mesh, self.p_eval_step, self.eval_metrics = mesh, p_eval_step, eval_metrics
+        if rows and not token_rows.gives_labels(rows, collator, self.draw):  # better told now than after hours of training
+            token_rows.refuse_without_labels("validation")
+
+    def draw(self, first_row: int, num_rows: int) -> np.ndarray:
+        """The noise of these rows at every evaluation, as in batches.eval_batches."""
+        return randomness.row_uniforms(self.seed, ("evaluation noise",), first_row, num_rows, self.collator.draws_per_row)
+
+    def try_out(self, params: Any, stop: processes.StopSignal) -> None:
+        """Evaluate one batch: if it does not fit into memory, that is known before training and not behind it."""
+        host_batches = itertools.islice(batches.eval_batches(self.rows, self.collator, self.plan, self.seed), 1)
+        for batch in batches.put_on_devices(host_batches, self.mesh, sharding.PER_ROW, stop):
+            jax.block_until_ready(self.p_eval_step(params, batch.arrays))
 
     def __call__(self, params: Any, stop: processes.StopSignal) -> dict[str, float]:
         """The metrics of these weights.

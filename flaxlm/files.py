@@ -1,49 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files: which formats of text there are and how one is read; writing others whole or not at all."""
+"""Files: text in local ones and what is prepared of it; writing others whole or not at all."""
 
-import glob
+import contextlib
+import datetime
+import errno
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
+import pyarrow as pa
+from datasets.iterable_dataset import ExamplesIterable
 
-from flaxlm import cli
+from flaxlm import cli, formats
 
-DATA_LOADERS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
-
-
-def data_loader_of(path: str) -> str | None:
-    """Name of the `datasets` loader for a file, by its suffix; a compression suffix counts as none."""
-    name = os.path.basename(path)
-    for compression in (".gz", ".bz2", ".xz"):
-        name = name.removesuffix(compression)
-    return DATA_LOADERS.get(name.rpartition(".")[2])
+# ---- Text ----------------------------------------------------------------------------------------------------------------
 
 
 def check_text_file(path: str, flag: str) -> None:
-    if data_loader_of(path) is None:
-        cli.fail(f"{flag} {path}: unknown suffix; use {', '.join(DATA_LOADERS)}, or one of these with .gz, .bz2 or .xz")
+    if formats.loader_of(path) is None:
+        known = ", ".join(formats.DATA_LOADERS)
+        cli.fail(f"{flag} {path}: unknown suffix; use {known}, or one of these with .gz, .bz2 or .xz")
     if not os.path.isfile(path):
         cli.fail(f"{flag} {path}: no such file")
     if os.path.getsize(path) == 0:
         cli.fail(f"{flag} {path}: is empty")
 
 
-def load(path: str, flag: str, cache_dir: str | None, text_options: Mapping[str, Any] | None = None, **options):
-    """Read one local file with the loader of its suffix: a Dataset, or with streaming=True an IterableDataset.
+class TextFiles(NamedTuple):
+    """The files of one split, all of one format; what formats.read_tables takes."""
 
-    `text_options` are for txt files only; `flag` is the one that named the file.
-    """
-    loader = data_loader_of(path)
-    options |= (text_options or {}) if loader == "text" else {}
-    try:
-        return datasets.load_dataset(loader, data_files=glob.escape(path), split="train", cache_dir=cache_dir, **options)
-    except (datasets.exceptions.DatasetsError, ValueError) as error:
-        cli.fail(f"{flag} {path}: is empty or cannot be read as {loader}: {cli.first_line(error.__cause__ or error)}")
+    paths: Sequence[str]
+    flag: str  # what named them, for messages
+    loader: str
+    options: Mapping[str, Any]  # keep_linebreaks or sample_by for text, sep for csv
+
+
+def text_file(path: str, flag: str, text_options: Mapping[str, Any] | None = None) -> TextFiles:
+    """One file. `text_options` are for txt files only."""
+    loader = formats.loader_of(path)
+    options = {"text": text_options or {}, "csv": {"sep": "\t" if formats.suffixes(path)[0] == "tsv" else ","}}
+    return TextFiles([path], flag, loader, options.get(loader, {}))
+
+
+def load(path: str, flag: str, cache_dir: str | None, text_options: Mapping[str, Any] | None = None, streaming: bool = False):
+    """Read one local file: a Dataset, or with `streaming` an IterableDataset of the same rows. `flag` is what named it."""
+    files = text_file(path, flag, text_options)
+    return stream_rows(files) if streaming else load_rows(files, cache_dir)
+
+
+def load_rows(files: TextFiles, cache_dir: str | None) -> datasets.Dataset:
+    """All rows, converted to a file of the cache that is mapped into memory; again when one of the files has changed."""
+    stamps = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files.paths]
+    fingerprint = datasets.fingerprint.Hasher.hash((stamps, files.loader, sorted(files.options.items())))
+    with using_cache(cache_dir) as directory:
+        target = os.path.join(directory, f"text-{fingerprint}.arrow")
+        if not os.path.exists(target):
+            with replacing(target) as temporary:
+                write_arrow(temporary, formats.read_tables(*files))
+        return datasets.Dataset.from_file(target)
+
+
+def write_arrow(path: str, tables: Iterator[pa.Table]) -> None:
+    first = next(tables)
+    with open(path, "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
+        for table in itertools.chain([first], tables):
+            writer.write_table(table)
+
+
+def stream_rows(files: TextFiles) -> datasets.IterableDataset:
+    """All rows, read when they are asked for; each file is a shard."""
+    return datasets.IterableDataset(ExamplesIterable(read_examples, files._asdict() | {"paths": list(files.paths)}))
+
+
+def read_examples(**files: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    return enumerate(row for table in formats.read_tables(**files) for row in table.to_pylist())
+
+
+def first_rows(files: TextFiles, count: int) -> datasets.Dataset:
+    """So many rows from the beginning, in memory."""
+    tables, num_rows = [], 0
+    for table in formats.read_tables(*files):
+        tables.append(table)
+        num_rows += len(table)
+        if num_rows >= count:
+            break
+    return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(tables).slice(0, count)))
 
 
 def is_saved_to_disk(name: str) -> bool:
@@ -51,19 +98,120 @@ def is_saved_to_disk(name: str) -> bool:
     return any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json"))
 
 
+# ---- The column with the text --------------------------------------------------------------------------------------------
+
+
+TEXT_TYPES = ("string", "large_string", "string_view")
+NUM_ROWS_TO_LOOK_AT = 1000
+
+
 def find_text_column(dataset: datasets.Dataset, text_column_name: str | None) -> str:
-    """The column named, else "text", else the first one that holds strings."""
-    text_columns = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", "") in TEXT_TYPES]
+    """The column named, else "text", else the first one whose first rows hold words."""
+    kinds = {name: kind_of(feature) for name, feature in dataset.features.items()}
     if text_column_name is not None:
-        if text_column_name not in text_columns:
+        if text_column_name not in kinds:
             cli.fail(f"--text_column_name {text_column_name}: the data has no such text column, only {dataset.column_names}")
+        if kinds[text_column_name] != "text":
+            cli.fail(f"--text_column_name {text_column_name}: holds {kinds[text_column_name]}; {as_text(kinds)}")
         return text_column_name
-    if not text_columns:
-        cli.fail(f"the data has no text column, only {dataset.column_names}; name one with --text_column_name")
-    return "text" if "text" in text_columns else text_columns[0]
+    if kinds.get("text") == "text":
+        return "text"
+    strings = [name for name, kind in kinds.items() if kind == "text"]
+    head = dataset.select(range(min(len(dataset), NUM_ROWS_TO_LOOK_AT))).select_columns(strings)
+    for name in strings:
+        kinds[name] = kind_of_strings(head[name])
+    choice = [name for name in strings if kinds[name] == "text"] or [name for name in strings if kinds[name] == "nothing"]
+    if not choice:
+        columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        cli.fail(f"the data has no text column, only {columns}: {as_text(kinds)}; --text_column_name names one of strings")
+    if len(choice) > 1:
+        cli.log_once(
+            "Several columns hold text (%s): '%s' is used, the first; --text_column_name names another.",
+            ", ".join(choice), choice[0],
+        )  # fmt: skip
+    return choice[0]
 
 
-TEXT_TYPES = ("string", "large_string")
+def kind_of(feature: Any) -> str:
+    """What a column holds, in words; "text" if it is of strings."""
+    dtype = str(getattr(feature, "dtype", ""))
+    if dtype in (*TEXT_TYPES, "null"):
+        return "text"
+    if isinstance(feature, datasets.Value):
+        is_number = dtype.startswith(("int", "uint", "float", "decimal"))
+        is_date = dtype.startswith(("timestamp", "date", "time", "duration"))
+        return "numbers" if is_number else "dates" if is_date else dtype
+    if isinstance(feature, datasets.Json):
+        return "values of several kinds"
+    return "objects" if isinstance(feature, dict) else "lists"
+
+
+def kind_of_strings(texts: Sequence[str | None]) -> str:
+    """The same of strings, which may all be numbers or dates: "text" if one is neither."""
+    kinds = [kind_of_string(text) for text in texts if text and not text.isspace()]
+    return "text" if "text" in kinds else kinds[0] if kinds else "nothing"
+
+
+def kind_of_string(text: str) -> str:
+    for kind, parse in (("numbers", float), ("dates", datetime.datetime.fromisoformat)):
+        with contextlib.suppress(ValueError):
+            parse(text.strip())
+            return kind
+    return "text" if any(map(str.isalpha, text)) and text.strip().lower() not in ("true", "false") else "numbers"
+
+
+def as_text(kinds: Mapping[str, str]) -> str:
+    """What to do about data without a column of text."""
+    if {"objects", "lists"} & set(kinds.values()):
+        return "write one row per text, in JSON an object per line that holds the text as a string"
+    return "write the texts as strings"
+
+
+# ---- The cache -----------------------------------------------------------------------------------------------------------
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
+
+
+@contextlib.contextmanager
+def using_cache(cache_dir: str | None) -> Iterator[str]:
+    """The directory for what is prepared of text. That it is full or may not be written is told in a line."""
+    root = os.path.abspath(cache_dir or datasets.config.HF_DATASETS_CACHE)
+    directory = os.path.join(root, "flaxlm")
+    try:
+        os.makedirs(directory, exist_ok=True)
+        yield directory
+    except cli.Ending:
+        raise
+    except Exception as error:
+        cause = next((cause for cause in causes(error) if is_about_writing(cause, root)), None)
+        if cause is None:
+            raise
+        place = f"{root}, where prepared text is kept, cannot be written to: {os.strerror(cause.errno)}"
+        if cause.errno in FULL:
+            raise cli.Accident(f"{place}; make room, or name another directory with --cache_dir") from error
+        cli.fail(f"{place}; name another directory with --cache_dir")
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those behind it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # they may go in a circle
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def is_about_writing(error: BaseException, directory: str) -> bool:
+    """Is it because the disk is full, or because a directory, its parents or what is in it may not be written?"""
+    if not isinstance(error, OSError) or error.errno not in FULL | FORBIDDEN:
+        return False
+    path = os.path.abspath(os.fsdecode(error.filename or "/"))
+    return error.errno in FULL or os.path.commonpath([path, directory]) in (path, directory)
+
+
+# ---- Writing -------------------------------------------------------------------------------------------------------------
 
 
 def write_json(path: str, values: Mapping[str, Any]) -> None:
@@ -74,5 +222,21 @@ def write_json(path: str, values: Mapping[str, Any]) -> None:
 
 def write_text(path: str, text: str) -> None:
     """Write a file, whole or not at all."""
-    Path(f"{path}.tmp").write_text(text, "utf-8")
-    os.replace(f"{path}.tmp", path)
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text, "utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """A file to write, under a name that nobody can foresee; it takes the place of `path` if all goes well, else it goes."""
+    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".saving-")
+    os.close(descriptor)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp keeps others from reading it
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -54,28 +54,36 @@ class Hub:
         session.send = lambda request, **kwargs: send(request, **kwargs | {"timeout": kwargs.get("timeout") or self.TIMEOUT})
         return session
 
-    def push(self, step: int, final: bool = False) -> None:
-        """Upload what output_dir holds now; while an upload is under way only the final one waits for it and follows."""
+    def push(self, step: int, final: bool = False, stop: processes.StopSignal | None = None) -> None:
+        """Upload what output_dir holds now; while an upload is under way only the final one waits for it and follows.
+
+        Raises:
+            Stopped: `stop` was requested while the final upload went on; what was uploaded before is on the Hub.
+        """
         if final:
             logger.info("Uploading to the Hub: the last state")
-            self.join()
+            self.join(stop)
         elif (self.thread and self.thread.is_alive()) or self.args.hub_strategy == "end":
             return
         self.thread = threading.Thread(target=self.upload, args=(step, self.snapshot(step), final), name="upload", daemon=True)
         self.thread.start()
         if final:
-            self.join()
+            self.join(stop)
 
-    def join(self) -> None:
-        if self.thread:
-            self.thread.join()
+    def join(self, stop: processes.StopSignal | None) -> None:
+        """Wait for the upload that is under way, or for the signal to stop."""
+        before = stop.requested if stop else 0
+        while self.thread and self.thread.is_alive():
+            self.thread.join(0.2)
+            if stop and stop.requested != before:
+                raise processes.Stopped(stop.requested, f"the files are all here, to upload them: {self.by_hand()}")
 
     def snapshot(self, step: int) -> tempfile.TemporaryDirectory:
         """The files to upload as they are now: linked, since training replaces them whole; events copied, since they grow."""
         source = Path(self.args.output_dir)
         snapshot = tempfile.TemporaryDirectory(dir=source, prefix=".saving-")
         for path in source.iterdir():
-            if path.is_file() and path.suffix != ".tmp":
+            if path.is_file() and not path.name.startswith(".saving-"):
                 copy_file = shutil.copy2 if path.name.startswith("events.out.tfevents") else os.link
                 copy_file(path, os.path.join(snapshot.name, path.name))
         checkpoint = outputs.checkpoint_path(self.args.output_dir, step)

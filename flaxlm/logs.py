@@ -7,16 +7,17 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary import Writer
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from flaxlm import arguments, batches, cli, corpus
+from flaxlm import arguments, batches, cli, corpus, processes
 
 logger = logging.getLogger(__name__)
 
@@ -47,19 +48,64 @@ class NonFiniteError(cli.Accident):
         )
 
 
+class Points:
+    """TensorBoard points, from process 0. Where they cannot be written that is reported, once, and training goes on.
+
+    Those from step `first` on that are there already are struck out.
+    """
+
+    def __init__(self, output_dir: str, first: int):
+        self.failed, self.writer = False, None
+        if processes.is_main():
+            self.attempt(self.open, output_dir, first)
+
+    def open(self, output_dir: str, first: int) -> None:
+        # TensorBoard drops points from this step on at every session start but the first, so a fresh run needs one too.
+        events = EventFileWriter(output_dir)
+        events.add_event(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
+        events.close()
+        self.writer = Writer(output_dir)
+
+    def attempt(self, write: Callable, *args) -> None:
+        """Do this, unless it has failed before. TensorBoard writes in a thread and raises what happened there later."""
+        if self.failed:
+            return
+        try:
+            write(*args)
+        except Exception as error:
+            self.failed = True
+            logger.error("TensorBoard's points can no longer be written: %s; training goes on", cli.first_line(error))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if self.writer:
+                self.attempt(self.writer.add_scalar, name, value, step)
+
+    def flush(self) -> None:
+        if self.writer:
+            self.attempt(self.writer.flush)
+
+    def close(self) -> None:
+        if self.writer:
+            self.attempt(self.writer.close)
+
+
 class TrainingLog:
     """Log line, progress bar and TensorBoard points of the training steps.
 
     The metrics of a step are fetched when the next one has been dispatched, so that the devices never wait for the log.
     """
 
-    def __init__(self, training_args: arguments.TrainingArguments, plan: batches.Plan, writer: Writer | None):
-        self.args, self.plan, self.writer, self.stopwatch = training_args, plan, writer, Stopwatch()
+    def __init__(self, training_args: arguments.TrainingArguments, plan: batches.Plan, points: Points | None):
+        self.args, self.plan, self.points, self.stopwatch = training_args, plan, points, Stopwatch()
         self.pending: tuple | None = None
         self.window: list[dict[str, float]] = []
         self.curve: list[tuple[int, float]] = []
         self.window_started = self.loss_sum = self.weight_sum = self.num_tokens = 0.0
         self.stop_agreed = False
+        self.interval = training_args.logging_steps
+        if training_args.least_log_lines:  # a short run should not be silent to its end
+            self.interval = max(1, min(self.interval, plan.num_steps // training_args.least_log_lines))
         self.bar = cli.progress_bar(total=plan.num_steps, desc="Training", unit="step")
 
     CARRIED_ON = ("window", "curve", "window_started", "loss_sum", "weight_sum", "num_tokens")
@@ -73,7 +119,8 @@ class TrainingLog:
         for name in self.CARRIED_ON:
             setattr(self, name, progress[name])
         self.stopwatch.total = progress["train_time"]
-        self.bar.update(progress["step"])
+        self.bar.close()
+        self.bar = cli.progress_bar(total=self.plan.num_steps, desc="Training", unit="step", initial=progress["step"])
 
     def add(self, step: int, metrics: Mapping[str, jax.Array], num_tokens: int) -> None:
         """Take the metrics of a step that has just been dispatched; write those of the step before."""
@@ -93,7 +140,7 @@ class TrainingLog:
         self.window.append({"step": step, "tokens": num_tokens * self.plan.num_processes, **values})
         self.bar.update(1)
         first = step == 1 and self.args.logging_first_step
-        if first or step % self.args.logging_steps == 0 or step == self.plan.num_steps:
+        if first or step % self.interval == 0 or step == self.plan.num_steps:
             self.write(step)
 
     def write(self, step: int) -> None:
@@ -112,13 +159,12 @@ class TrainingLog:
             ", ".join(f"{name.replace('_', ' ')} {sums[name] / max(weight_sum, 1):.4f}" for name in losses),
             last["learning_rate"], last["grad_norm"], f"{tokens_per_second:,.0f}",
         )  # fmt: skip
-        if self.writer:
+        if self.points:
             for point in self.window:
-                for name in (*losses, "learning_rate", "grad_norm"):
-                    self.writer.add_scalar(f"train_{name}", point[name], point["step"])
-            self.writer.add_scalar("train_time", seconds, step)
-            self.writer.add_scalar("train_tokens_per_second", tokens_per_second, step)
-            self.writer.flush()
+                values = {f"train_{name}": point[name] for name in (*losses, "learning_rate", "grad_norm")}
+                self.points.add(point["step"], values)
+            self.points.add(step, {"train_time": seconds, "train_tokens_per_second": tokens_per_second})
+            self.points.flush()
         self.loss_sum, self.weight_sum = self.loss_sum + loss_sum, self.weight_sum + weight_sum
         self.num_tokens += num_tokens
         self.curve.append((step, loss_sum / max(weight_sum, 1)))
@@ -141,29 +187,24 @@ class TrainingLog:
         }
 
 
-def open_writer(output_dir: str) -> Writer | None:
-    """The TensorBoard writer of process 0."""
-    return Writer(output_dir) if jax.process_index() == 0 else None
-
-
-def open_training_writer(output_dir: str, progress: Mapping[str, Any] | None) -> Writer | None:
-    """The same for training; what an interrupted run wrote after the checkpoint that is resumed from is struck out."""
-    if jax.process_index() > 0:
-        return None
+def open_training_points(output_dir: str, progress: Mapping[str, Any] | None) -> Points:
+    """Where those of training go; what an interrupted run wrote after the checkpoint that is resumed from is struck out."""
     first, evaluations = 0, {}
     if progress:
         window = progress["window"]
         first = window[0]["step"] if window else progress["step"] + 1  # points before it are written, those from it on not yet
         evaluations = {int(step): metrics for step, metrics in progress["evaluations"].items() if int(step) >= first}
-    # TensorBoard drops points from this step on at every session start but the first, so a fresh run needs one too.
-    events = EventFileWriter(output_dir)
-    events.add_event(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
-    events.close()
-    writer = open_writer(output_dir)
+    points = Points(output_dir, first)
     for step, metrics in evaluations.items():
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-    return writer
+        points.add(step, metrics)
+    return points
+
+
+def has_point(output_dir: str, tag: str, step: int) -> bool:
+    """Do the event files in a directory hold a point of this name at this step?"""
+    events = EventAccumulator(output_dir, tensor_size_guidance={"scalars": 0})
+    events.Reload()
+    return tag in events.Tags()["tensors"] and any(event.step == step for event in events.Tensors(tag))
 
 
 def log_plan(plan: batches.Plan, data: corpus.Corpus, row_length: int, params: Any) -> None:

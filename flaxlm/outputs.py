@@ -1,38 +1,148 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies in output_dir: names, making it ready, checkpoints in it."""
+"""What lies in output_dir: whose it is, making it ready, checkpoints in it."""
 
+import json
+import logging
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from flaxlm import arguments, cli, processes
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"  # of a checkpoint that is being written
+CARD_TAG = "generated_from_script"  # stands in every model card of ours
 
 
-def prepare(training_args: arguments.TrainingArguments) -> None:
-    """Create the output directory; of an earlier run in it, remove what would pass for results of this one."""
-    with processes.main_first():
-        prepare_here(training_args)
+class OutputDir:
+    """output_dir while a run is writing to it: a second run is refused until this one has ended, however it ended."""
+
+    def __init__(self, training_args: arguments.TrainingArguments):
+        """Create it if need be, and remove what of an earlier run would pass for results of this one."""
+        self.args, self.path, self.lock = training_args, training_args.output_dir, None
+        with processes.main_first():
+            if processes.is_main():
+                self.create()
+                self.lock = lock(self.path)
+                if training_args.do_train:
+                    refuse_files_of_others(self.path)
+                remove(stale_files(training_args))
+
+    def create(self) -> None:
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            cli.fail(f"--output_dir {self.path}: cannot be written to: {error.strerror}")
+
+    def close(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
 
-def prepare_here(training_args: arguments.TrainingArguments) -> None:
+def lock(directory: str) -> int | None:
+    """Hold a directory until the descriptor is closed, or the process dies; None where the system has no such locks."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.makedirs(training_args.output_dir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=training_args.output_dir):
-            pass
-    except OSError as error:
-        cli.fail(f"--output_dir {training_args.output_dir}: cannot be written to: {error.strerror}")
-    stale = [f"*{TEMPORARY_SUFFIX}", ".saving-*"]
-    if not training_args.resume_from_checkpoint:
-        stale += ["eval_results.json", "run_info.json"]
-        if training_args.do_train:
-            stale += ["train_results.json", "events.out.tfevents.*", "checkpoint-*"]
-    for pattern in stale:
-        for path in Path(training_args.output_dir).glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except BlockingIOError:
+        os.close(descriptor)
+        cli.fail(f"--output_dir {directory}: another run is writing there; wait for its end, or name another directory")
+    except OSError:  # some network file systems
+        os.close(descriptor)
+        return None
+
+
+def check_free(directory: str) -> None:
+    """Refuse a directory that another run holds, before anything is loaded."""
+    if os.path.isdir(directory) and (descriptor := lock(directory)) is not None:
+        os.close(descriptor)
+
+
+# ---- Whose files ---------------------------------------------------------------------------------------------------------
+
+
+def refuse_files_of_others(directory: str) -> None:
+    """A run replaces README.md and config.json: only its own card, and the configuration of a model."""
+    card, config = Path(directory, "README.md"), Path(directory, "config.json")
+    if card.exists() and CARD_TAG not in card.read_text("utf-8", errors="replace"):
+        cli.fail(f"--output_dir {directory}: README.md in it is no model card of ours and would be replaced; move it")
+    for path in sorted(Path(directory).glob("checkpoint-*")):
+        if re.fullmatch(r"checkpoint-\d+", path.name) and not (path.is_symlink() or is_checkpoint(path)):
+            cli.fail(
+                f"--output_dir {directory}: {path.name} in it is no checkpoint of ours; move it, or name another directory"
+            )
+    if config.exists() and "model_type" not in read_json_object(config):
+        cli.fail(f"--output_dir {directory}: config.json in it is of no model and would be replaced; name another one")
+
+
+def read_json_object(path: Path) -> dict:
+    """What a JSON file holds, if that is an object; else an empty one."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def holds_training_record(directory: str) -> bool:
+    """Has a script of ours trained in this directory?"""
+    record = read_json_object(Path(directory, "run_info.json"))
+    return {"script", "arguments", "versions"} <= record.keys()
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Is it a training state that we wrote, be it damaged?"""
+    parts = ("state", "progress", "checksums.json", "_CHECKPOINT_METADATA")
+    return path.is_dir() and not path.is_symlink() and any((path / part).exists() for part in parts)
+
+
+def stale_files(training_args: arguments.TrainingArguments) -> Iterator[Path]:
+    """What of an earlier run must not be taken for this one's: what it half wrote, and if this one starts anew its results."""
+    directory = Path(training_args.output_dir)
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith(".saving-") or re.fullmatch(rf"checkpoint-\d+{re.escape(TEMPORARY_SUFFIX)}", path.name):
+            yield path
+    if training_args.resume_from_checkpoint:
+        return
+    if not training_args.do_train:
+        yield from (path for path in [directory / "eval_results.json"] if path.exists())
+        return
+    for path in sorted(directory.glob("checkpoint-*")):
+        if re.fullmatch(r"checkpoint-\d+(\.damaged)?", path.name) and (path.is_symlink() or is_checkpoint(path)):
+            yield path
+    if holds_training_record(training_args.output_dir):
+        yield from sorted(directory.glob("events.out.tfevents.*"))
+        yield from (path for name in RESULTS if (path := directory / name).exists())
+
+
+RESULTS = ("run_info.json", "train_results.json", "eval_results.json", "eval_info.json", "training_curves.png")
+
+
+def remove(paths: Iterator[Path]) -> None:
+    """Remove files, directories and links (not what they lead to), and say which."""
+    removed = []
+    for path in list(paths):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        removed.append(path.name)
+    if shown := [name for name in removed if not name.startswith(".saving-")]:
+        logger.info("Removed what an earlier run left: %s", ", ".join(shown))
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_path(output_dir: str, step: int) -> str:
@@ -40,6 +150,7 @@ def checkpoint_path(output_dir: str, step: int) -> str:
 
 
 def find_checkpoints(directory: str) -> list[tuple[int, str]]:
-    """The complete checkpoints of a directory, (step, path), newest first."""
+    """The checkpoints of ours in a directory, (step, path), newest first; half-written ones have another name."""
     found = (re.fullmatch(r"checkpoint-(\d+)", name) for name in os.listdir(directory))
-    return sorted(((int(match[1]), os.path.join(directory, match[0])) for match in found if match), reverse=True)
+    paths = [(int(match[1]), os.path.join(directory, match[0])) for match in found if match]
+    return sorted((item for item in paths if is_checkpoint(Path(item[1]))), reverse=True)

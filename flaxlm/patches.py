@@ -7,7 +7,10 @@ classes cannot be told otherwise or are wrong. Each says why. Models of our own 
 """
 
 import contextlib
+import functools
+import json
 import math
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +20,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from transformers import FlaxPreTrainedModel, PretrainedConfig
+from transformers.models.gemma import modeling_flax_gemma
 from transformers.models.gpt2.modeling_flax_gpt2 import FlaxConv1D
+from transformers.models.llama import modeling_flax_llama
 from transformers.models.longt5.modeling_flax_longt5 import (
     FlaxLongT5Attention,
     FlaxLongT5LocalAttention,
     FlaxLongT5TransientGlobalAttention,
 )
+from transformers.models.mistral import modeling_flax_mistral
 from transformers.models.mistral.modeling_flax_mistral import FlaxMistralAttention
 from transformers.models.t5.modeling_flax_t5 import FlaxT5Attention
 
@@ -255,7 +261,82 @@ class FusedHead:
         return array.reshape(self.num_chunks, size, *array.shape[1:])
 
 
+# ---- What the classes leave out ----------------------------------------------------------------------------------------
+
+
+class LeftOut(NamedTuple):
+    """A field of configurations that Flax classes do not read as PyTorch's do: of which types (none: all), the values with
+    which both compute the same, what the Flax class does with any other, and which classes (by name) do so."""
+
+    field: str
+    types: tuple[str, ...]
+    same: tuple[Any, ...]
+    does: str
+    classes: str = ""
+
+
+LLAMA = ("llama", "mistral", "gemma")
+BERT = ("bert", "roberta", "roberta-prelayernorm", "xlm-roberta", "electra")
+BART = ("bart", "mbart", "blenderbot", "blenderbot-small", "marian", "pegasus")
+NOT_CAUSAL = "(?<!CausalLM)(?<!LMHeadModel)$"
+NO_SCALING = (None, {"rope_type": "default"}, {"type": "default", "rope_type": "default"})
+LEFT_OUT = (
+    LeftOut("rope_theta", LLAMA, (10000,), "turns positions by powers of 10000"),
+    LeftOut("rope_scaling", LLAMA, NO_SCALING, "does not scale positions"),
+    LeftOut("mlp_bias", ("llama",), (False,), "has no biases in its feed-forward layers"),
+    LeftOut("tie_word_embeddings", ("llama", "mistral", "gptj"), (False,), "has a vocabulary head with weights of its own"),
+    LeftOut("tie_word_embeddings", BART[:2], (True,), "has one table for both sides, PyTorch's one for each", NOT_CAUSAL),
+    LeftOut("tie_encoder_decoder", (), (False,), "has weights for each side"),
+    LeftOut("position_embedding_type", (*BERT, "albert"), ("absolute",), "adds absolute positions"),
+    LeftOut("hidden_act", ("electra",), ("gelu",), "has it in the vocabulary head too, PyTorch's has gelu there", "LM$"),
+    LeftOut("use_bias", ("big_bird",), (True,), "has biases"),
+    LeftOut("is_decoder", ("roformer",), (False,), "sees both sides of a token"),
+    LeftOut("add_cross_attention", (*BERT, "big_bird", "roformer"), (False,), "asks for what an encoder says", NOT_CAUSAL),
+    LeftOut("add_cross_attention", ("gptj",), (False,), "asks for what an encoder says"),
+    LeftOut("scale_attn_weights", ("gpt2",), (True,), "scales scores by the size of a head"),
+    LeftOut("scale_attn_by_inverse_layer_idx", ("gpt2",), (False,), "scales scores alike in all layers"),
+    LeftOut("enable_bias", ("opt",), (True,), "has biases"),
+    LeftOut("layer_norm_elementwise_affine", ("opt",), (True,), "has norms with weights"),
+    LeftOut("layerdrop", ("opt", "xglm"), (0,), "cannot leave out layers now and then"),
+    LeftOut("encoder_layerdrop", BART, (0,), "cannot leave out layers now and then"),
+    LeftOut("decoder_layerdrop", BART, (0,), "cannot leave out layers now and then"),
+    LeftOut("pruned_heads", (), ({},), "has all heads"),
+    LeftOut("quantization_config", (), (None,), "has no quantised weights"),
+)
+
+
+def check_fields(config: PretrainedConfig, model_class: type[FlaxPreTrainedModel]) -> None:
+    """Refuse a configuration of which the Flax class would leave something out without a word, and PyTorch's would not.
+
+    Found in transformers 4.57.6 by comparing the scores of both, field by field, and what they read.
+    """
+    kind, name = config.model_type, model_class.__name__
+    rules = [rule for rule in LEFT_OUT if (not rule.types or kind in rule.types) and re.search(rule.classes, name)]
+    if kind in ("llama", "mistral"):
+        size = config.hidden_size // config.num_attention_heads
+        rules.append(LeftOut("head_dim", LLAMA, (size, None), "divides hidden_size among the heads"))
+    if kind == "gemma":
+        computed = config.hidden_activation or "gelu_pytorch_tanh"
+        tanh = ("gelu_pytorch_tanh", "gelu_new")  # two names of one function
+        rules.append(LeftOut("hidden_act", LLAMA, tanh if computed in tanh else (computed,), f"computes {computed}"))
+    for field, _, same, does, _ in rules:
+        value = getattr(config, field, same[0])
+        if value not in same:
+            value, right = (json.dumps(value, default=str) for value in (value, same[0]))
+            cli.fail(f"{field}={value}: transformers' Flax class of {kind} {does}; it takes only {field}={right}")
+
+
 # ---- Faults of the classes ---------------------------------------------------------------------------------------------
+
+
+def rotary_positions(num_positions: int, head_size: int, create: Callable[[int, int], jax.Array]) -> jax.Array:
+    """Sines and cosines of positions, [positions, 1, 2 * head size], from one of transformers' functions."""
+    return create(max(num_positions, 2 * head_size), head_size)[:num_positions]
+
+
+# transformers 4.57.6 keeps only so many numbers of a position as there are positions, too few where the table is short.
+for modeling in (modeling_flax_llama, modeling_flax_mistral, modeling_flax_gemma):
+    modeling.create_sinusoidal_positions = functools.partial(rotary_positions, create=modeling.create_sinusoidal_positions)
 
 
 def set_up_mistral_attention(attention: FlaxMistralAttention, setup: Callable = FlaxMistralAttention.setup) -> None:

@@ -2,6 +2,7 @@
 """Several processes that train together: joining them, who goes first, gathering; and being told to stop, all at one step."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 def join(training_args: arguments.TrainingArguments) -> None:
     """Join the other processes, if this run has several. Must come before anything else touches a device."""
+    check_platforms(os.environ.get("JAX_PLATFORMS", ""))
     if not (training_args.multihost or training_args.coordinator_address):
         return
     if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
@@ -33,6 +35,33 @@ def join(training_args: arguments.TrainingArguments) -> None:
     logger.info("Process %d of %d, with %d device(s)", jax.process_index(), jax.process_count(), jax.local_device_count())
     if jax.process_index() > 0:
         cli.logger.setLevel(logging.WARNING)
+
+
+# What jax needs beside itself for a platform: one of these packages, and how to get it.
+PLUGINS = {
+    "cuda": (("jax_cuda12_plugin", "jax_cuda13_plugin"), "jax[cuda12]"),
+    "rocm": (("jax_rocm60_plugin", "jax_rocm7_plugin"), "jax[rocm]"),
+    "tpu": (("libtpu",), "jax[tpu]"),
+}
+
+
+def check_platforms(platforms: str) -> None:
+    """Refuse JAX_PLATFORMS that jax cannot serve; it would end in an assertion, after the text has been prepared."""
+    for platform in filter(None, platforms.split(",")):
+        packages, extra = PLUGINS.get("cuda" if platform == "gpu" else platform, ((), ""))
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            install = f'pip install -U "{extra}=={jax.__version__}"'
+            cli.fail(f"JAX_PLATFORMS={platforms}: jax has no support for {platform} here; {install}, or unset the variable")
+
+
+def devices() -> list[jax.Device]:
+    """All devices of all processes; that there are none is told in a line."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        what = f"JAX_PLATFORMS={platforms}" if platforms else "jax"
+        cli.fail(f"{what}: no device can be used: {cli.first_line(error)}; check the driver, or set JAX_PLATFORMS=cpu")
 
 
 @contextlib.contextmanager
@@ -70,10 +99,14 @@ def gather_rows(rows: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask the run to save and end; a second SIGINT ends it at once."""
+    """SIGTERM and SIGINT ask the run to save and end; a second SIGINT ends it at once.
+
+    `promise` is what is said then that the run will do; who does something else for a while says so here.
+    """
 
     def __init__(self):
         self.requested, self.previous = 0, {}
+        self.promise = "finishing the step, then saving"
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
@@ -94,13 +127,15 @@ class StopSignal:
         if self.requested and signum == signal.SIGINT:
             os._exit(128 + signum)
         self.requested = signum
-        name = signal.Signals(signum).name
-        logger.warning("%s: finishing the step, then saving. Interrupt again to end at once.", name)
+        logger.warning("%s: %s. Interrupt again to end at once.", signal.Signals(signum).name, self.promise)
+
+
+RESUME = "to go on, run the same command with --resume_from_checkpoint"
 
 
 class Stopped(cli.Ending):
     """The run was told to stop, and all processes know it."""
 
-    def __init__(self, signum: int):
-        super().__init__("stopped as asked; to go on, run the same command with --resume_from_checkpoint")
+    def __init__(self, signum: int, advice: str = RESUME):
+        super().__init__(f"stopped as asked; {advice}")
         self.status = 128 + signum

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 from transformers import FlaxPreTrainedModel, PreTrainedTokenizerBase
 
-from flaxlm import arguments, batches, cards, checkpoints, cli, corpus, files, hub, logs, processes, sharding
+from flaxlm import arguments, batches, cards, checkpoints, cli, corpus, files, hub, logs, outputs, processes, sharding
 
 
 class Run:
@@ -45,17 +45,19 @@ class Run:
         self.stop, self.exits = processes.StopSignal(), contextlib.ExitStack()
         self.saver: checkpoints.Saver | None = None
         self.log: logs.TrainingLog | None = None
-        self.writer: logs.Writer | None = None
+        self.points: logs.Points | None = None
         self.state: sharding.TrainState | None = None
         self.step, self.position = 0, None
         self.evaluations: dict[int, dict[str, float]] = {}
         self.results: dict[str, float] = {}
+        self.unwritten: list[str] = []  # files that could not be written
 
     def __enter__(self) -> "Run":
+        self.exits.enter_context(contextlib.closing(outputs.OutputDir(self.args.training)))
         self.exits.enter_context(self.stop)
         self.exits.enter_context(cli.log_above_bars())
-        if not self.args.training.do_train:
-            self.write("run_info.json", cards.run_info(self.script, self.args))
+        if not self.args.training.do_train:  # the record of the training that may be there stays
+            self.write("eval_info.json", cards.run_info(self.script, self.args))
         return self
 
     def __exit__(self, *exception) -> None:
@@ -71,8 +73,8 @@ class Run:
             state, progress = checkpoints.restore(resume_from, output_dir, state, identity)
             cli.logger.info("Resuming after step %d", progress["step"])
         self.write("run_info.json", cards.run_info(self.script, self.args))
-        self.writer = logs.open_training_writer(training_args.output_dir, progress)
-        self.log = logs.TrainingLog(training_args, self.plan, self.writer)
+        self.points = logs.open_training_points(training_args.output_dir, progress)
+        self.log = logs.TrainingLog(training_args, self.plan, self.points)
         if progress:
             self.log.resume(progress)
             self.saver.resume(progress["step"])
@@ -138,12 +140,14 @@ class Run:
         self.evaluations[self.step] = metrics
         figures = ", ".join(f"{name[5:]} {value:.4f}" for name, value in metrics.items())
         cli.logger.info("evaluation at step %d: %s", self.step, figures)
-        if self.writer is None:
-            self.writer = logs.open_writer(self.args.training.output_dir)
-        if self.writer:
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, self.step)
-            self.writer.flush()
+        if self.points and not self.is_reported(next(iter(metrics))):
+            self.points.add(self.step, metrics)
+            self.points.flush()
+
+    def is_reported(self, name: str) -> bool:
+        """Has a run that was finished already, and is resumed, written this point of its last evaluation?"""
+        is_resumed = self.saver is not None and self.saver.resumed_step == self.step == self.plan.num_steps
+        return is_resumed and processes.is_main() and logs.has_point(self.args.training.output_dir, name, self.step)
 
     def save(self) -> None:
         """Save the state after this step and the model, in the background; an upload follows."""
@@ -155,19 +159,38 @@ class Run:
         if self.args.training.do_eval:
             self.write("eval_results.json", self.evaluations[self.step])
             self.results |= self.evaluations[self.step]
-        if self.writer:
-            self.writer.close()
-        if self.writer and self.log:
+        if self.points:
+            self.points.close()
+        if self.log and processes.is_main():
             repo_id, curve = self.hub and self.hub.repo_id, self.log.curve
-            cards.write_model_card(self.script, self.args, self.model, curve, self.results, self.evaluations, repo_id)
+            with self.noting("README.md"):
+                cards.write_model_card(self.script, self.args, self.model, curve, self.results, self.evaluations, repo_id)
         if self.hub:
-            self.hub.push(self.step, final=True)
+            self.stop.promise = "leaving the upload unfinished"
+            self.hub.push(self.step, final=True, stop=self.stop)
+        self.check()
+
+    def check(self) -> None:
+        """Tell by an error if anything is not where it should be."""
         if self.saver:
             self.saver.check()
         if self.hub:
             self.hub.check()
+        if self.unwritten or (self.points and self.points.failed):
+            missing = [*self.unwritten, *["TensorBoard's points"] * bool(self.points and self.points.failed)]
+            raise cli.Accident(f"not written in {self.args.training.output_dir}: {', '.join(missing)}; the log says why")
 
     def write(self, name: str, values: Mapping[str, Any]) -> None:
         """Write a JSON file of output_dir, from process 0."""
         if processes.is_main():
-            files.write_json(os.path.join(self.args.training.output_dir, name), values)
+            with self.noting(name):
+                files.write_json(os.path.join(self.args.training.output_dir, name), values)
+
+    @contextlib.contextmanager
+    def noting(self, name: str) -> Iterator[None]:
+        """A file that cannot be written is reported, and the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            self.unwritten.append(name)
+            cli.logger.error("%s could not be written: %s", name, error.strerror or cli.first_line(error))

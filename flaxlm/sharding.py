@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs over all devices: the mesh, what lies where, compiled steps, and the state that they update."""
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flaxlm import cli, processes
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +23,7 @@ REPLICATED, PER_ROW, PER_MICRO_BATCH = PartitionSpec(), PartitionSpec("data"), P
 
 def make_mesh() -> Mesh:
     """All devices of all processes in one row: each holds all weights and a share of the data."""
-    return Mesh(np.array(jax.devices()), ("data",))
+    return Mesh(np.array(processes.devices()), ("data",))
 
 
 class TrainState(NamedTuple):
@@ -53,12 +56,26 @@ class CompiledStep:
             return
         start = time.monotonic()
         logger.info("Compiling the %s step ...", self.name)
-        self.compiled = self.jitted.lower(*args).compile()
+        with self.fitting():
+            self.compiled = self.jitted.lower(*args).compile()
         logger.info("Compiled the %s step in %.1f s", self.name, time.monotonic() - start)
 
     def __call__(self, *args):
         self.compile(*args)
-        return self.compiled(*args)
+        with self.fitting():
+            return self.compiled(*args)
+
+    @contextlib.contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Too little memory is told with the flags that change it."""
+        try:
+            yield
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
+                raise
+            flags = {"training": "--per_device_train_batch_size (more --gradient_accumulation_steps keep the batch)"}
+            flag = flags.get(self.name, "--per_device_eval_batch_size")
+            cli.fail(f"the {self.name} step does not fit into the memory of a device: lower {flag}, or the tokens per row")
 
 
 def compile_train_step(step_fn: Callable, mesh: Mesh) -> CompiledStep:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text that is read while training: windows of rows, shuffled, exact to resume."""
 
+import contextlib
 import copy
 import functools
 import itertools
 import logging
 import math
-import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import datasets.distributed
 import jax
 import numpy as np
 
-from flaxlm import arguments, cli, files, processes, randomness
+from flaxlm import arguments, cli, files, processes, randomness, text, token_rows
 from flaxlm.token_rows import Collator, TokenizeFn, TokenRows
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class TextStream:
     A window is `shuffle_buffer_size` texts: they are tokenised, joined to the tokens that the window before left over, cut
     into rows, and the rows permuted by (seed, epoch, window). A position is JSON: the state of the dataset at the window's
     start, the left-over tokens, and the number of the window's rows that are used up. Each process has a shard of the texts.
+    `source` is the flag and name that messages begin with; `identity` tells this stream from one of other texts.
     """
 
     def __init__(
@@ -37,9 +39,19 @@ class TextStream:
         collator: Collator,
         window_size: int,
         seed: int,
+        source: str = "",
     ):
         self.open_dataset, self.tokenize_fn, self.text_column = open_dataset, tokenize_fn, text_column
-        self.collator, self.window_size, self.seed = collator, window_size, seed
+        self.collator, self.window_size, self.seed, self.source = collator, window_size, seed, source
+        self.identity = ""
+
+    def take(self, examples: Iterator[Mapping[str, Any]], count: int) -> list[str]:
+        """The next texts; fewer at the end of the data. A row without one counts as an empty text."""
+        with told_of_streams(self.source):
+            rows = list(itertools.islice(examples, count))
+        if any(self.text_column not in row for row in rows):
+            cli.log_once("%s: some rows have no column '%s': they count as empty.", self.source, self.text_column)
+        return [row.get(self.text_column) or "" for row in rows]
 
     def make_rows(self, texts: list[str], carried: Mapping[str, list[int]]) -> tuple[TokenRows, dict[str, list[int]]]:
         """Tokenise texts into full rows, and what is left over."""
@@ -59,10 +71,10 @@ class TextStream:
 
     def first_rows(self, num_rows: int) -> tuple[TokenRows, int]:
         """The first rows, unshuffled, and the number of texts they took: what evaluation holds out."""
-        parts, carried, num_texts, found = [], {}, 0, 0
-        texts = iter(self.open_dataset())
+        texts, carried, num_texts, found = iter(self.open_dataset()), {}, 0, 0
+        parts = [{name: np.zeros((0, self.collator.row_length), np.int32) for name in self.collator.columns}]
         while found < num_rows:
-            batch = [example[self.text_column] for example in itertools.islice(texts, 100)]
+            batch = self.take(texts, 100)
             if not batch:
                 if carried.get("input_ids"):  # all the data is read: what is left over becomes a row that is filled up
                     parts.append({name: self.fill_up(name, values) for name, values in carried.items()})
@@ -88,7 +100,7 @@ class TextStream:
                 # Before its first text a dataset does not tell the state it was given.
                 state, given_state = given_state or copy.deepcopy(dataset.state_dict()), None
                 start = {"dataset": state, "epoch": epoch, "window": window, "carried": carried}
-                batch = [example[self.text_column] for example in itertools.islice(texts, self.window_size)]
+                batch = self.take(texts, self.window_size)
                 if not batch:
                     break
                 rows, carried = self.make_rows(batch, carried)
@@ -102,32 +114,32 @@ class TextStream:
             dataset, epoch, window = self.open_dataset(), epoch + 1, 0
 
 
-def open_text_stream(split: str, args: arguments.Arguments, num_skipped: int = 0) -> datasets.IterableDataset | None:
-    """This process's shard of a split as a stream, without its first texts; None if there is no such split."""
-    data_args, path = args.data, getattr(args.data, f"{split}_file")
-    if data_args.dataset_name:
-        dataset = open_named_stream(split, args)
-    elif path:
-        options = data_args.text_loader_options()
-        dataset = files.load(path, f"--{split}_file", args.model.cache_dir, options, streaming=True)
-    else:
-        dataset = None
-    if dataset is None:
-        return None
+@contextlib.contextmanager
+def told_of_streams(source: str) -> Iterator[None]:
+    """What goes wrong with a stream is told in a line: damaged data is a mistake, a network that fails an accident."""
+    try:
+        with cli.reading(f"{source}: cannot be read further"):
+            yield
+    except cli.Mistake as mistake:
+        error = next((error for error in files.causes(mistake) if is_about_network(error)), None)
+        if error is None:
+            raise
+        advice = "what was saved is there: the same command with --resume_from_checkpoint goes on"
+        raise cli.Accident(f"{source}: the network failed: {cli.first_line(error)}; {advice}") from mistake
+
+
+NETWORK_PACKAGES = {"aiohttp", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3"}
+
+
+def is_about_network(error: BaseException) -> bool:
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0] in NETWORK_PACKAGES
+
+
+def open_shard(source: text.Source, num_skipped: int) -> datasets.IterableDataset:
+    """This process's shard of a split as a stream, without its first texts."""
+    dataset = text.open_stream(source)
     dataset = datasets.distributed.split_dataset_by_node(dataset, jax.process_index(), jax.process_count())
     return dataset.skip(num_skipped) if num_skipped else dataset
-
-
-def open_named_stream(split: str, args: arguments.Arguments) -> datasets.IterableDataset | None:
-    """A split of a dataset of the Hub or of a local directory; None if it has no such split."""
-    named = args.data.dataset_name, args.data.dataset_config_name
-    options = {"data_dir": args.data.data_dir, "token": args.model.token}
-    try:
-        if split not in datasets.get_dataset_split_names(*named, **options):
-            return None
-        return datasets.load_dataset(*named, split=split, streaming=True, cache_dir=args.model.cache_dir, **options)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        cli.fail(f"--dataset_name {args.data.dataset_name}: {cli.first_line(error)}")
 
 
 def open_streams(
@@ -137,44 +149,86 @@ def open_streams(
 
     They are held out also without do_eval, so that a later evaluation meets what was never trained on.
     """
-    streams = {split: open_text_stream(split, args) for split in ("train", "validation")}
-    split = "validation" if streams["validation"] else "train"
-    try:
-        example = datasets.Dataset.from_list([next(iter(streams[split]))])
-    except (StopIteration, datasets.exceptions.DatasetsError, ValueError) as error:
-        cli.fail(f"the data cannot be streamed: {cli.first_line(error)}")
-    text_column = args.data.source_column(example, collator)
+    sources = text.find_sources(args)
+    split = "validation" if "validation" in sources else "train"
+    reads_rows = args.training.do_eval or split == "train"
+    needed = ["train"] * args.training.do_train + [split] * reads_rows
+    columns = {name: find_column(name, sources[name], collator, args.data) for name in dict.fromkeys(needed)}
 
     def make_stream(split: str, num_skipped: int = 0) -> TextStream:
-        open_dataset = functools.partial(open_text_stream, split, args, num_skipped)
-        tokenize_column = functools.partial(tokenize_fn, text_column=text_column)
-        window_size, seed = args.data.shuffle_buffer_size, args.training.seed
-        return TextStream(open_dataset, tokenize_column, text_column, collator, window_size, seed)
+        open_dataset = functools.partial(open_shard, sources[split], num_skipped)
+        tokenize_column = functools.partial(tokenize_fn, text_column=columns[split])
+        sizes = args.data.shuffle_buffer_size, args.training.seed
+        return TextStream(open_dataset, tokenize_column, columns[split], collator, *sizes, name_of(split, args.data))
 
     rows, num_held_out = None, 0
-    if args.training.do_eval or split == "train":
-        rows, num_texts = read_evaluation_rows(make_stream(split), split, args.data, text_column)
+    if reads_rows:
+        rows, num_texts = read_evaluation_rows(make_stream(split), split, args)
         num_held_out = num_texts if split == "train" else 0
-    return make_stream("train", num_held_out) if args.training.do_train else None, rows
+    if not args.training.do_train:
+        return None, rows
+    stream = make_stream("train", num_held_out)
+    stream.identity = identify(make_stream("train"), num_held_out)
+    return stream, rows
 
 
-def read_evaluation_rows(
-    stream: TextStream, split: str, data_args: arguments.DataArguments, text_column: str
-) -> tuple[TokenRows, int]:
-    """The first `num_eval_samples` rows of a stream, shared by all processes, and how many texts this one took for them."""
-    wanted = data_args.num_eval_samples
+def name_of(split: str, data_args: arguments.DataArguments) -> str:
+    """A split as messages begin: the flag that names it, and what."""
+    path = getattr(data_args, f"{split}_file")
+    by_name = data_args.dataset_name and not (split == "validation" and path)
+    return f"--dataset_name {data_args.dataset_name} ({split})" if by_name else f"--{split}_file {path}"
+
+
+def find_column(split: str, source: text.Source, collator: Collator, data_args: arguments.DataArguments) -> str:
+    """The column of a split that rows of tokens are made of, found in its first rows."""
+    with told_of_streams(name_of(split, data_args)):
+        head = text.first_rows(source, files.NUM_ROWS_TO_LOOK_AT)
+    if len(head) == 0:
+        cli.fail(f"the {split} data is empty: {name_of(split, data_args)} has no rows")
+    return token_rows.source_column(split, head, collator, data_args)
+
+
+def read_evaluation_rows(stream: TextStream, split: str, args: arguments.Arguments) -> tuple[TokenRows | None, int]:
+    """The first `num_eval_samples` rows of a stream, shared by all processes, and how many texts this one took for them.
+
+    Of a training stream of a single text, which cannot be divided, nothing is held out if nothing is evaluated.
+    """
+    wanted = args.data.num_eval_samples
     logger.info("Reading %d rows of tokens for evaluation", wanted)
     share = math.ceil(wanted / jax.process_count())
     found, num_texts = stream.first_rows(share)
+    is_one_text = split == "train" and sum(processes.gather_json(num_texts)) == 1
+    if is_one_text and not args.training.do_eval:
+        logger.warning("The training data is one text: nothing of it is held out for evaluation.")
+        return None, 0
     rows = processes.gather_rows(found)
     if len(rows["input_ids"]) == 0:
-        cli.fail(f"the {split} data {data_args.reason_for_no_rows(text_column)}")
+        cli.fail(f"the {split} data {args.data.reason_for_no_rows(stream.text_column)}")
+    if is_one_text:
+        cli.fail("the training data has 1 row(s), too few to hold some out; give --validation_file")
     if len(found["input_ids"]) < share and split == "train":
         cli.fail(f"--num_eval_samples {wanted}: all the data gives only {len(found['input_ids'])} rows; lower it")
     return rows, num_texts
 
 
-def stream_name(data_args: arguments.DataArguments) -> str:
-    """What stands for the data of a stream, whose checksum is not known, when a run is resumed."""
-    name = data_args.dataset_name or os.path.basename(data_args.train_file)
-    return f"{name} {data_args.dataset_config_name or ''}, read by {jax.process_count()} process(es)"
+def identify(stream: TextStream, num_held_out: int) -> str:
+    """What a resumed run must find again: the first texts of all processes, what was held out, the number of processes.
+
+    By the way the first texts show whether there will be labels; that not one gives any is refused.
+    """
+    examples, carried = iter(stream.open_dataset()), {}
+    texts = batch = stream.take(examples, 100)
+    num_rows, has_labels = 0, False
+    for _ in range(100):
+        rows, carried = stream.make_rows(batch, carried)
+        num_rows, has_labels = num_rows + len(rows["input_ids"]), token_rows.gives_labels(rows, stream.collator)
+        batch = [] if has_labels else stream.take(examples, 100)
+        if not batch:
+            break
+    checksum = zlib.crc32("\0".join(texts).encode("utf-8", "surrogatepass"))
+    shards = processes.gather_json([checksum, num_held_out, num_rows, has_labels])
+    if any(shard[2] for shard in shards) and not any(shard[3] for shard in shards):
+        token_rows.refuse_without_labels("train")
+    checksum = zlib.crc32(repr([shard[0] for shard in shards]).encode())
+    held_out = "+".join(str(shard[1]) for shard in shards)
+    return f"{checksum} of the first texts, {held_out} text(s) held out, read by {jax.process_count()} process(es)"

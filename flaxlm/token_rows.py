@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of tokens: text tokenised, joined and cut or padded to one length, in memory-mapped arrays."""
 
+import contextlib
+import errno
 import functools
+import inspect
+import logging
 import math
 import os
 import tempfile
+import types
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO, NoReturn, Protocol
 
 import datasets
 import numpy as np
 
-from flaxlm import arguments, cli
+from flaxlm import arguments, cli, files, randomness
+
+logger = logging.getLogger(__name__)
 
 # Columns of token ids and the like, each int32 [rows, T], by name.
 TokenRows = dict[str, np.ndarray]
@@ -43,25 +51,101 @@ def tokenize_and_group(
     cache_dir: str | None,
 ) -> dict[str, TokenRows]:
     """Turn text into rows of tokens per split: all texts joined and cut, or one row per text if the collator wants it so."""
-    rows = {}
+    rows, code = {}, fingerprint(tokenize_fn)
     for split, dataset in splits.items():
-        text_column = data_args.source_column(dataset, collator)
-        tokenized = dataset.map(
-            functools.partial(tokenize_fn, text_column=text_column),
-            batched=True,
-            num_proc=data_args.preprocessing_num_workers,
-            remove_columns=dataset.column_names,
-            features=datasets.Features({name: datasets.Sequence(datasets.Value("int32")) for name in collator.columns}),
-            load_from_cache_file=not data_args.overwrite_cache,
-            desc=f"Tokenising {split}",
-        )
-        if len(tokenized) == 0:
+        text_column = source_column(split, dataset, collator, data_args)
+        column_fn = functools.partial(tokenize_fn, text_column=text_column)
+        parts = {"text_column": text_column, "columns": list(collator.columns)}
+        result = datasets.fingerprint.update_fingerprint(dataset._fingerprint, code, parts)
+        tokenized = tokenize(dataset, column_fn, split, result, list(collator.columns), data_args, cache_dir)
+        if sum(len(values) for values, _ in token_chunks(tokenized, "input_ids")) == 0:
             cli.fail(f"the {split} data {data_args.reason_for_no_rows(text_column)}")
         if collator.line_by_line:
             rows[split] = pad_rows(tokenized, collator.columns, collator.row_length, collator.pad_to, cache_dir)
         else:
             rows[split] = cut_rows(tokenized, collator.columns, collator.row_length, cache_dir)
     return rows
+
+
+def source_column(split: str, dataset: datasets.Dataset, collator: Collator, data_args: arguments.DataArguments) -> str:
+    """The column of a split that rows of tokens are made of; the log names it, and a mistake the split."""
+    try:
+        column = data_args.source_column(dataset, collator)
+    except cli.Mistake as mistake:
+        raise cli.Mistake(f"{mistake} (in the {split} data)") from mistake
+    logger.info("The %s data is column '%s'.", split, column)
+    return column
+
+
+def fingerprint(tokenize_fn: TokenizeFn) -> str:
+    """What the result of tokenising follows from, beside the text: the code, the tokenizer, and other options."""
+    function, options = getattr(tokenize_fn, "func", tokenize_fn), getattr(tokenize_fn, "keywords", {})
+    code = datasets.fingerprint.Hasher.hash(sorted(code_of(function).items()))
+    return datasets.fingerprint.update_fingerprint(code, function.__qualname__, options)
+
+
+def code_of(function: Callable) -> dict[str, str]:
+    """The source of a function, of the functions and classes of its file that it uses, and of our modules; constants.
+
+    `datasets` would pickle all that, which fails for what jax has compiled, or for an open file.
+    """
+    found: dict[str, str] = {}
+    waiting = [function]
+    while waiting:
+        function = inspect.unwrap(waiting.pop())
+        found[function.__qualname__] = inspect.getsource(function)
+        for name in names_in(function.__code__):
+            value = inspect.unwrap(function.__globals__.get(name))
+            if inspect.ismodule(value) and value.__name__.startswith("flaxlm."):
+                found[name] = inspect.getsource(value)
+            elif inspect.isfunction(value) and value.__module__ == function.__module__ and value.__qualname__ not in found:
+                waiting.append(value)
+            elif inspect.isclass(value) and value.__module__ == function.__module__:
+                found[name] = inspect.getsource(value)
+            elif isinstance(value, str | int | float | tuple | list | dict | set | frozenset):
+                found[name] = repr(sorted(map(repr, value)) if isinstance(value, set | frozenset) else value)
+    return found
+
+
+def names_in(code: types.CodeType) -> set[str]:
+    """All names that a function's code looks up outside, its inner functions' too."""
+    return set(code.co_names).union(*(names_in(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
+
+
+def tokenize(
+    dataset: datasets.Dataset,
+    tokenize_fn: Callable[[Mapping[str, list]], Mapping[str, list]],
+    split: str,
+    result: str,
+    columns: Sequence[str],
+    data_args: arguments.DataArguments,
+    cache_dir: str | None,
+) -> datasets.Dataset:
+    """Texts to lists of numbers, kept in the cache under the fingerprint `result` and never beside the user's data."""
+    with files.using_cache(cache_dir) as cache, contextlib.ExitStack() as on_failure:
+        directory = os.path.join(cache, f"tokens-{result}")
+        if dataset.cache_files:  # else nothing would tell an old result from one of other text
+            os.makedirs(directory, exist_ok=True)
+            on_failure.callback(remove_temporary_files, directory)
+        tokenized = dataset.map(
+            tokenize_fn,
+            batched=True,
+            num_proc=data_args.preprocessing_num_workers,
+            remove_columns=dataset.column_names,
+            features=datasets.Features({name: datasets.Sequence(datasets.Value("int32")) for name in columns}),
+            load_from_cache_file=not data_args.overwrite_cache,
+            cache_file_name=os.path.join(directory, "rows.arrow") if dataset.cache_files else None,
+            new_fingerprint=result,
+            desc=f"Tokenising {split}",
+        )
+        on_failure.pop_all()
+        return tokenized
+
+
+def remove_temporary_files(directory: str) -> None:
+    """What `datasets` leaves when a disk is full."""
+    for path in Path(directory).glob("tmp*"):
+        path.unlink(missing_ok=True)
 
 
 def token_chunks(tokenized: datasets.Dataset, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -71,11 +155,26 @@ def token_chunks(tokenized: datasets.Dataset, column: str) -> Iterator[tuple[np.
 
 
 def disk_array(shape: tuple[int, ...], cache_dir: str | None) -> np.ndarray:
-    """An int32 array in an unnamed file: not held in memory, shared with nobody, gone when the program ends."""
-    directory = cache_dir or datasets.config.HF_DATASETS_CACHE
-    os.makedirs(directory, exist_ok=True)
-    with tempfile.TemporaryFile(dir=directory) as file:
-        return np.memmap(file, np.int32, "w+", shape=shape)
+    """An int32 array in an unnamed file: not held in memory, shared with nobody, gone when the program ends.
+
+    Its space is taken at once: of a file with holes a full disk would be noticed by a signal that ends the program.
+    """
+    with files.using_cache(cache_dir) as directory, tempfile.TemporaryFile(dir=directory) as file:
+        reserve(file, math.prod(shape) * np.dtype(np.int32).itemsize)
+        return np.memmap(file, np.int32, "r+", shape=shape)
+
+
+def reserve(file: BinaryIO, num_bytes: int) -> None:
+    """Take up so much of the disk; where the file system cannot do that by itself, by writing. Raises OSError if it is full."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, num_bytes)
+    except (AttributeError, OSError) as error:  # macOS has no such function
+        if getattr(error, "errno", None) not in (None, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        zeros = bytes(2**20)
+        for start in range(0, num_bytes, len(zeros)):
+            file.write(zeros[: num_bytes - start])
+        file.flush()
 
 
 def cut_rows(tokenized: datasets.Dataset, fill: Mapping[str, int], row_length: int, cache_dir: str | None) -> TokenRows:
@@ -123,3 +222,25 @@ def checksum(rows: TokenRows) -> int:
         sample = np.asarray(array[:: max(1, len(array) // 1000)])
         total = zlib.crc32(sample.tobytes(), zlib.crc32(f"{name} {array.shape}".encode(), total))
     return total
+
+
+Draw = Callable[[int, int], np.ndarray]  # a first row and a number of rows, to their uniform numbers
+
+
+def gives_labels(rows: TokenRows, collator: Collator, draw: Draw | None = None) -> bool:
+    """Does a row give a label? Without `draw`: can it, whatever numbers are drawn? (The lowest choose the most tokens.)
+
+    It cannot where all is padding and special tokens.
+    """
+    draw = draw or (lambda first, num: 1e-6 * randomness.row_uniforms(0, ("labels",), first, num, collator.draws_per_row))
+    for first in range(0, len(rows["input_ids"]), 256):
+        part = {name: np.asarray(array[first : first + 256]) for name, array in rows.items()}
+        num_rows = len(part["input_ids"])
+        if collator(part, draw(first, num_rows), np.ones(num_rows, bool), 1)["label_weights"].any():
+            return True
+    return False
+
+
+def refuse_without_labels(split: str) -> NoReturn:
+    """What is trained on or evaluated gives no label: the loss would be 0 whatever the model does."""
+    cli.fail(f"the {split} data gives not one label: its texts hold only padding and special tokens, or too few others")

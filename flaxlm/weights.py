@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of a model: fresh or from a file, in Flax's or in PyTorch's layout; and saving them in both."""
+"""Weights of a model: fresh or from a file, in Flax's or in PyTorch's layout; and saving the whole model in both."""
 
+import contextlib
+import copy
 import importlib.util
 import logging
 import os
+import pickle
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +19,108 @@ import numpy as np
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import FlaxPreTrainedModel, PretrainedConfig, PreTrainedTokenizerBase
 
-from flaxlm import arguments, cli, randomness, sharding
+from flaxlm import arguments, cli, patches, randomness, sharding
 
 logger = logging.getLogger(__name__)
+
+
+def check(config: PretrainedConfig, args: arguments.Arguments, models: arguments.ModelClasses) -> None:
+    """Refuse a configuration that no Flax class follows, and weights that are not there or cut short.
+
+    Before the text is prepared, in less than a second, and without touching a device, so that the process can still fork.
+    """
+    source = args.model.model_name_or_path
+    if source and os.path.isdir(source):
+        check_files(source)
+    if type(config) not in models.by_config:
+        return  # comes with a Hub repository
+    patches.check_fields(config, models.by_config[type(config)])
+    shallow = copy.deepcopy(config)  # layers are alike, and tables of positions take time
+    for name, most in LARGEST_TO_TRY.items():
+        if getattr(shallow, name, None) is not None:
+            setattr(shallow, name, min(getattr(shallow, name), most))
+
+    def build() -> None:
+        model = models.auto_class.from_config(shallow, dtype=jnp.dtype(args.model.dtype), _do_init=False)
+        if args.training.gradient_checkpointing:
+            enable_gradient_checkpointing(model, models)
+
+    try:
+        jax.eval_shape(build)
+    except cli.Ending:
+        raise
+    except Exception as error:  # whatever the classes and jax make of sizes that do not go together
+        cli.fail(f"the configuration makes no model: {type(error).__name__}: {cli.first_line(error)}")
+
+
+LARGEST_TO_TRY = {
+    "num_hidden_layers": 2, "encoder_layers": 2, "decoder_layers": 2, "num_decoder_layers": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+WEIGHTS_FILES = (  # in the order in which transformers looks for them
+    "flax_model.msgpack", "flax_model.msgpack.index.json", "model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+
+
+def check_files(source: str) -> None:
+    """Are there weights in a directory that can be read; and is model.safetensors, whose beginning tells its size, whole?"""
+    name = weights_file(source)
+    if name is None:
+        files = "no flax_model.msgpack, no model.safetensors and no pytorch_model.bin"
+        cli.fail(f"--model_name_or_path {source}: no model: there is {files} in it")
+    if name == "model.safetensors.index.json":
+        refuse_shards(source)
+    if name.startswith("pytorch_model.bin"):
+        require_pytorch(source)
+    if name == "model.safetensors":
+        try:
+            with safe_open(os.path.join(source, name), "numpy"):
+                pass
+        except Exception as error:
+            cli.fail(f"--model_name_or_path {source}: no model: {why_not_loaded(source, error)}")
+
+
+def weights_file(source: str) -> str | None:
+    """The file of a directory that weights are read from."""
+    return next((name for name in WEIGHTS_FILES if os.path.isfile(os.path.join(source, name))), None)
+
+
+def refuse_shards(source: str) -> NoReturn:
+    cli.fail(
+        f"--model_name_or_path {source}: its model.safetensors is in several files, which cannot be read here: save it"
+        " again in one, with save_pretrained(..., max_shard_size='100GB')"
+    )
+
+
+def require_pytorch(source: str) -> None:
+    if importlib.util.find_spec("torch") is None:
+        remedy = "install it (pip install torch), or save the model as model.safetensors elsewhere"
+        cli.fail(f"--model_name_or_path {source}: its weights are in pytorch_model.bin, which needs PyTorch: {remedy}")
+
+
+def why_not_loaded(source: str, error: Exception) -> str:
+    """The reason why there is no model, for an error of the libraries that read weights."""
+    name, reason = weights_file(source), cli.first_line(error)
+    shapes = SHAPES.search(reason)
+    if shapes:
+        weight, one, other = (group for group in shapes.groups() if group)
+        return f"the configuration is not that of the weights: {weight} has the shape {one} in one and {other} in the other"
+    if isinstance(error, pickle.UnpicklingError):
+        return f"{name or 'pytorch_model.bin'} is damaged, or holds more than weights, which is not opened"
+    if name is None or (isinstance(error, OSError) and error.errno is None):  # transformers says what it misses
+        return reason
+    return f"{name} is cut short, damaged or of another kind: {type(error).__name__}: {reason}"
+
+
+# What transformers says of one weight's name and two shapes, in Flax's and in PyTorch's layout.
+SHAPES = re.compile(
+    r"weight for (.*) failed: .*? has shape (\(.*?\)) .* model shape (\(.*?\))"
+    r"|Weight (.*) was expected to be of shape (\(.*?\)), but is (\(.*?\))"
+)
 
 
 def load_model(
@@ -37,11 +137,14 @@ def load_model(
             loaded = read_weights(source, config, models, options)
             params, model = loaded.params, type(loaded)(config, dtype=dtype, _do_init=False)  # holds no second copy
             del loaded
-            config.torch_dtype = "float32"  # what is trained and saved here, whatever the checkpoint was stored in
+            config.dtype = "float32"  # what is trained and saved here, whatever the checkpoint was stored in
         else:
             model = models.auto_class.from_config(config, dtype=dtype, _do_init=False)
-    except (OSError, ValueError, ZeroDivisionError) as error:
-        cli.fail(f"{f'--model_name_or_path {source}' if source else 'the configuration'}: no model: {cli.first_line(error)}")
+    except (cli.Ending, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # each library that reads weights has errors of its own
+        place = f"--model_name_or_path {source}" if source else "the configuration"
+        cli.fail(f"{place}: no model: {why_not_loaded(source or '', error)}")
     if args.training.gradient_checkpointing:
         enable_gradient_checkpointing(model, models)
 
@@ -60,19 +163,16 @@ def read_weights(
 
     model.safetensors is read without PyTorch; pytorch_model.bin, an older kind of file, only PyTorch can read.
     """
+    is_pickle = os.path.isdir(source) and (weights_file(source) or "").startswith("pytorch_model.bin")
     try:
-        return models.auto_class.from_pretrained(source, config=config, **options)
+        if not is_pickle:
+            return models.auto_class.from_pretrained(source, config=config, **options)
     except OSError as error:
         if "from_pt=True" not in str(error):  # what transformers says where pytorch_model.bin is all there is
             raise
     except NotImplementedError:
-        cli.fail(
-            f"--model_name_or_path {source}: its model.safetensors is in several files, which cannot be read here: save it"
-            " again in one, with save_pretrained(..., max_shard_size='100GB')"
-        )
-    if importlib.util.find_spec("torch") is None:
-        remedy = "install it (pip install torch), or save the model as model.safetensors elsewhere"
-        cli.fail(f"--model_name_or_path {source}: its weights are in pytorch_model.bin, which needs PyTorch: {remedy}")
+        refuse_shards(source)
+    require_pytorch(source)
     return models.auto_class.from_pretrained(source, config=config, from_pt=True, **options)
 
 
@@ -107,6 +207,22 @@ def save_model(
             shutil.copymode(os.path.join(staging, "config.json"), path)  # safetensors keeps others from reading it
         for name in sorted(os.listdir(staging)):
             os.replace(os.path.join(staging, name), os.path.join(output_dir, name))
+
+
+@contextlib.contextmanager
+def tokenizer_as_loaded(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Within this context calls may truncate or not: a Rust tokenizer remembers the last one, and would be saved with that.
+
+    Its fingerprint would change too, so that what was tokenised with it would not be found again in the cache.
+    """
+    rust = getattr(tokenizer, "backend_tokenizer", None)
+    truncation, padding = (rust.truncation, rust.padding) if rust else (None, None)
+    try:
+        yield
+    finally:
+        if rust:
+            rust.enable_truncation(**truncation) if truncation else rust.no_truncation()
+            rust.enable_padding(**padding) if padding else rust.no_padding()
 
 
 def pytorch_state_dict(params) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import importlib
 import pytest
 
 import run_mlm_flax as script
-from flaxlm import arguments
+from flaxlm import arguments, batches, command_line, processes
 from tests.conftest import ROOT
 
 SCRIPTS = sorted(ROOT.glob("run_*_flax.py"))
@@ -78,3 +78,64 @@ def test_original_flags_and_defaults(name):
     fields = {field.name: field for part in parts for field in dataclasses.fields(part)}
     assert {flag: fields[flag].default for flag in original} == original
     assert fields["output_dir"].default is dataclasses.MISSING
+
+
+BASE = ["--config_name", "x", "--tokenizer_name", "x", "--train_file", "README.md", "--output_dir", "out"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rate", "inf"], "--learning_rate inf: must be a finite number"),
+        (["--weight_decay", "nan"], "--weight_decay nan: must be a finite number"),
+        (["--mlm_probability", "nan"], "--mlm_probability nan: must be a finite number"),
+        (["--num_train_epochs", "inf"], "--num_train_epochs inf: must be a finite number"),
+        (["--warmup_ratio=-inf"], "--warmup_ratio -inf: must be a finite number"),
+        (
+            ["--per_device_eval_batch_size", "1000000000"],
+            "--per_device_eval_batch_size 1000000000: must be at most 1048576",
+        ),
+        (["--per_device_train_batch_size", "2000000"], "--per_device_train_batch_size 2000000: must be at most 1048576"),
+        (["--output_dir", "gs://bucket/run"], "--output_dir gs://bucket/run: an address, .* --push_to_hub"),
+        (["--output_dir", "s3://bucket/run"], "--output_dir s3://bucket/run: an address"),
+        (["--train_file", "https://x.org/a.txt"], "--train_file https://x.org/a.txt: an address, .* download it first"),
+        (["--validation_file", "hf://datasets/a"], "--validation_file hf://datasets/a: an address"),
+        (["--model_name_or_path", "gs://a"], "--model_name_or_path gs://a: an address"),
+        (["--cache_dir", "gs://a"], "--cache_dir gs://a: an address, .* local directory"),
+        (["--output_dir", "lr=[1e-3]"], r"--output_dir .*lr=\[1e-3\]: checkpoints cannot be kept under a path with"),
+        (["--output_dir", "what?/run"], "--output_dir .*: checkpoints cannot be kept under a path with"),
+        (["--resume_from_checkpoint", "a*"], "--resume_from_checkpoint .*: checkpoints cannot be kept under a path with"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_values_that_cannot_be(flags, message, refuses):
+    """At once, before any file is looked for."""
+    with refuses(message):
+        command_line.parse([*BASE, *flags], script.DataTrainingArguments, script.MODELS, None)
+
+
+def test_more_steps_than_can_be_counted(refuses):
+    training_args = arguments.TrainingArguments(output_dir="", do_train=True, num_train_epochs=1e300)
+    with refuses("--num_train_epochs: makes 1[0-9]+ steps; at most 2147483647 can be counted"):
+        batches.make_plan(training_args, 100, 32)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "gpu", "tpu", "cpu,cuda"])
+def test_a_platform_that_jax_has_no_support_for(platform, refuses, monkeypatch):
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    with refuses(rf"^JAX_PLATFORMS={platform}: jax has no support for (cuda|gpu|tpu) here; pip install -U \"jax\["):
+        processes.check_platforms(platform)
+    processes.check_platforms("cpu")
+    processes.check_platforms("")
+
+
+def test_no_device(refuses, monkeypatch):
+    """A plugin is there, but no GPU: jax says so in an assertion."""
+
+    def fail():
+        raise AssertionError
+
+    monkeypatch.setattr(processes.jax, "devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with refuses("^JAX_PLATFORMS=cuda: no device can be used: AssertionError; check the driver"):
+        processes.devices()

@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import run_mlm_flax as script
 from flaxlm import batches, checkpoints, cli, logs, outputs, processes
@@ -178,14 +179,14 @@ def test_stopped_in_an_evaluation(evaluation, train, expected, monkeypatch, tmp_
     def eval_batches_and_signal(*args):
         calls.append(args)
         for batch in eval_batches(*args):
-            if len(calls) == evaluation:
+            if len(calls) == 1 + evaluation:  # before training one is tried
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
     monkeypatch.setattr(batches, "eval_batches", eval_batches_and_signal)
     with pytest.raises(processes.Stopped):
         train(tmp_path)
-    assert len(calls) == evaluation
+    assert len(calls) == 1 + evaluation
     assert not (tmp_path / "eval_results.json").exists()
     assert saved_steps(tmp_path)[-1] == 4 * evaluation
     train(tmp_path, "--resume_from_checkpoint")
@@ -198,16 +199,21 @@ def test_stopped_in_an_evaluation(evaluation, train, expected, monkeypatch, tmp_
 LAUNCHER = """
 import json, os, resource, sys
 import run_mlm_flax
-from flaxlm import checkpoints, cli
+from flaxlm import checkpoints, cli, logs
 for line in sys.stdin:
     flags, stderr, environment = json.loads(line)
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         os.environ |= environment
-        if "FILE_SIZE_LIMIT" in environment:  # from the moment a checkpoint has been read
+        if "FILE_SIZE_LIMIT" in environment:  # from the moment a checkpoint has been read, or a log begins
             limits = int(environment["FILE_SIZE_LIMIT"]), resource.RLIM_INFINITY
-            checkpoints.Saver.resume = lambda saver, step: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            place, name = (logs.TrainingLog, "add") if "LIMIT_FROM" in environment else (checkpoints.Saver, "resume")
+            original = getattr(place, name)
+            def limited(*args):
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+                return original(*args)
+            setattr(place, name, limited)
         sys.argv[1:] = flags
         sys.exit(cli.run(run_mlm_flax.main, run_mlm_flax.__file__))
     print(pid, flush=True)
@@ -407,6 +413,95 @@ def test_half_written_checkpoints_are_cleared_away(stopped, train, expected):
     assert outcome(stopped) == expected  # which lists the names
 
 
+def spoil_progress(checkpoint: Path, change: Callable[[dict], None]) -> None:
+    """Change what the progress says, with checksums that fit: damage that no checksum tells."""
+    path = checkpoint / "progress" / "metadata"
+    progress = json.loads(path.read_text())
+    change(progress)
+    path.write_text(json.dumps(progress))
+    (checkpoint / "checksums.json").unlink()
+
+
+PROGRESS_DAMAGES = {
+    "no window": lambda progress: progress.pop("window"),
+    "a window of numbers": lambda progress: progress.update(window=[1, 2]),
+    "a point without loss": lambda progress: progress["window"][0].pop("loss"),
+    "evaluations of words": lambda progress: progress.update(evaluations={"four": {}}),
+    "a list": lambda progress: progress.update(evaluations=[]),
+    "a step of text": lambda progress: progress.update(step="8"),
+    "a negative step": lambda progress: progress.update(step=-8),
+    "no positions": lambda progress: progress.update(positions=[]),
+    "identity of text": lambda progress: progress.update(identity="x"),
+    "no time": lambda progress: progress.update(train_time=None),
+}
+
+
+@pytest.mark.parametrize("change", PROGRESS_DAMAGES.values(), ids=PROGRESS_DAMAGES)
+def test_progress_that_is_json_and_nonsense(change, stopped, capsys):
+    """Is passed over like other damage."""
+    spoil_progress(stopped / "checkpoint-8", change)
+    restored = read_progress(stopped)
+    assert restored["step"] == 6
+    assert "checkpoint-8 is damaged and passed over: " in capsys.readouterr().err
+    assert (stopped / "checkpoint-8.damaged").is_dir()
+
+
+def read_progress(output_dir: Path) -> dict:
+    """What `restore` finds, whatever the identity."""
+    cli.set_up_logging()
+    _, newest = outputs.find_checkpoints(output_dir)[-1]
+    state = jax.tree.map(jax.numpy.asarray, read_state(newest))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "check_identity", lambda *args: None)
+        return checkpoints.restore("latest", str(output_dir), state, {})[1]
+
+
+def test_a_checkpoint_that_is_not_to_blame_keeps_its_name(stopped, monkeypatch):
+    """What is whole by its checksums and cannot be read all the same is not renamed, nor passed over."""
+
+    def fail(*args, **kwargs):
+        raise ValueError("no such device")
+
+    monkeypatch.setattr(ocp.args, "StandardRestore", fail)
+    with pytest.raises(cli.Accident, match="checkpoint-8 cannot be read, though its files are whole: no such device"):
+        read_progress(stopped)
+    assert saved_steps(stopped) == [6, 8]
+    assert not list(stopped.glob("*.damaged"))
+
+
+def test_where_nothing_may_be_renamed(stopped, monkeypatch, capsys):
+    """A damaged checkpoint of a read-only directory is passed over under its name."""
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    truncate(stopped / "checkpoint-8")
+    monkeypatch.setattr(checkpoints.os, "replace", refuse)
+    assert read_progress(stopped)["step"] == 6
+    assert saved_steps(stopped) == [6, 8]
+
+
+def test_the_last_evaluation_of_a_finished_run_is_written_once(train, tmp_path):
+    """Also where no evaluation was due at the last step; and if it was not written, it is made up for."""
+    flags = ["--max_steps", 4, "--eval_steps", 3, "--save_steps", 4, "--warmup_steps", 1]
+    train(tmp_path, *flags)
+    train(tmp_path, *flags, "--resume_from_checkpoint")
+
+    def raw_steps() -> list[int]:
+        """Of every point that stands in a file, those that TensorBoard strikes out and shows twice included."""
+        found = []
+        for path in sorted(tmp_path.glob("events.out.tfevents.*")):
+            for event in EventFileLoader(str(path)).Load():
+                found += [event.step for value in event.summary.value if value.tag == "eval_loss"]
+        return sorted(found)
+
+    assert raw_steps() == [3, 4]
+    for path in tmp_path.glob("events.out.tfevents.*"):
+        path.unlink()
+    train(tmp_path, *flags, "--resume_from_checkpoint")
+    assert raw_steps() == [4]
+
+
 # ---- Changed flags -------------------------------------------------------------------------------------------------------
 
 
@@ -565,7 +660,7 @@ def test_full_disk(start, stopped, train, expected):
     assert process.end() == 1
     for step in (9, 12):
         (line,) = re.findall(f"ERROR Step {step} could not be saved: .*", process.said())
-        assert re.search(r": (\[Errno 27\] )?File too large\b.*\. What was saved before is untouched\.$", line)
+        assert re.search(r": (\[Errno 27\] )?File too large\b.*\. What was saved before is untouched: step 6, 8\.$", line)
     others = [line for line in process.said().splitlines() if not re.match(r"\d\d:\d\d:\d\d (INFO|ERROR) ", line)]
     assert len(others) == 1, others  # orbax has much to say of each array that it could not write
     assert f"run_mlm_flax.py: error: the state after the last step was not saved in {stopped}" in process.said()
@@ -573,6 +668,21 @@ def test_full_disk(start, stopped, train, expected):
     assert (stopped / "model.safetensors").read_bytes() == weights
     train(stopped, "--resume_from_checkpoint")
     assert outcome(stopped) == expected
+
+
+def test_a_disk_that_is_full_from_the_start(start, tmp_path):
+    """No save succeeds, nor what is written beside; nothing temporary stays, and nobody is told of checkpoints that are not."""
+    output_dir = tmp_path / "run"
+    process = start(output_dir, FILE_SIZE_LIMIT="20000", LIMIT_FROM="the first step")  # what it says is a file as well
+    assert process.end() == 1
+    assert process.last_line().startswith("run_mlm_flax.py: error: the state after the last step was not saved in ")
+    assert process.last_line().endswith("; the log says why. Nothing has been saved so far")
+    assert "ERROR Step 3 could not be saved: File too large. Nothing has been saved so far." in process.said()
+    assert "ERROR README.md could not be written: File too large" in process.said()  # for its picture
+    assert "step 12 of 12" in process.said()
+    left = {path.name for path in output_dir.iterdir() if not path.name.startswith("events.out")}
+    assert left == {"run_info.json", "train_results.json", "eval_results.json"}
+    assert "Traceback" not in process.said()
 
 
 def test_disk_that_has_space_again(stopped, train, expected, monkeypatch, capfd):

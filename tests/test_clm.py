@@ -10,7 +10,7 @@ from transformers import (
 )
 
 import run_clm_flax
-from flaxlm import arguments
+from flaxlm import command_line
 from flaxlm import corpus as corpus_module
 
 
@@ -25,7 +25,7 @@ def test_line_breaks_and_ends_of_texts(streaming, gpt2_dir, tmp_path):
         """What the rows of tokens hold."""
         argv = ["--validation_file", tmp_path / "a.txt", "--config_name", gpt2_dir, "--tokenizer_name", gpt2_dir]
         argv += ["--output_dir", tmp_path / "out", "--do_eval", *["--streaming"] * streaming, *flags]
-        args = arguments.parse([str(flag) for flag in argv], module.DataTrainingArguments, module.MODELS, None)
+        args = command_line.parse([str(flag) for flag in argv], module.DataTrainingArguments, module.MODELS, None)
         tokenizer = AutoTokenizer.from_pretrained(gpt2_dir)
         collator = module.Collator(tokenizer, GPT2Config(), args.data, 8)
         tokenize_fn = functools.partial(module.tokenize_texts, tokenizer=tokenizer, **collator.tokenize_options)

@@ -88,7 +88,7 @@ def test_what_scripts_share_by_text_is_the_same(name):
 def test_scripts_and_package_are_of_one_version():
     for path in SCRIPTS:
         if "flaxlm" in path.read_text():
-            assert f'VERSION = "{flaxlm.__version__}"' in path.read_text(), path.name
+            assert f'flaxlm.begin("{flaxlm.__version__}", __file__' in path.read_text(), path.name
 
 
 def test_what_must_not_come_back():

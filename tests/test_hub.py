@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -110,9 +111,11 @@ def test_at_the_end_the_server_holds_what_output_dir_holds(hub, push, corpus):
     assert f"trained by `run_mlm_flax.py` on {corpus.name}, from fresh weights" in card
     for flag in ("--max_steps 12", "--learning_rate 0.001", "--push_to_hub True", "--hub_strategy end"):
         assert flag in card
-    for name, value in json.loads((output_dir / "eval_results.json").read_text()).items():
-        assert f"| {name} | {value:.4g} |" in card
-    assert "| train_loss |" in card
+    results = json.loads((output_dir / "eval_results.json").read_text())
+    assert f"| evaluation loss, nats per label | {results['eval_loss']:.3f} |" in card
+    assert f"| evaluation accuracy | {results['eval_accuracy']:.1%} |" in card
+    assert "| training loss, mean over the run, nats per label |" in card
+    assert str(corpus.parent) not in card
     assert "![Training and evaluation curves](training_curves.png)" in card
     assert f"jax {json.loads((output_dir / 'run_info.json').read_text())['versions']['jax']}" in card
     for model_class in ("RobertaForMaskedLM", "FlaxRobertaForMaskedLM"):
@@ -123,7 +126,8 @@ def test_card_without_the_hub(roberta_dir, corpus, tmp_path):
     run(tmp_path / "mine", roberta_dir, "--train_file", corpus, *FLAGS[:6], "--do_train")
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "# mine" in card
-    assert "| train_loss |" in card
+    assert "| training loss, mean over the run, nats per label |" in card
+    assert 'from_pretrained(".")  # the directory of this file, or its path' in card
     assert (tmp_path / "mine" / "training_curves.png").stat().st_size > 5000
 
 
@@ -314,3 +318,36 @@ def test_token_is_nowhere(hub, push, monkeypatch, capfd, caplog):
             assert text not in f"{call.path} {call.query}"
             assert text.encode() not in call.body
     assert {call.authorization for call in calls} == {f"Bearer {secret}", None}
+
+
+def test_told_to_stop_in_the_last_upload(hub, roberta_dir, corpus, tmp_path):
+    """A real process, ended by SIGTERM while the server takes its time: at once, and it says what it does and leaves undone."""
+    hub.delay("/commit/", 120)
+    command = [sys.executable, script.__file__, "--config_name", roberta_dir, "--tokenizer_name", roberta_dir]
+    command += [
+        "--max_seq_length",
+        32,
+        "--train_file",
+        corpus,
+        "--output_dir",
+        tmp_path / "out",
+        *FLAGS,
+        "--hub_strategy",
+        "end",
+    ]
+    environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
+    process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True, env=environment)
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if "Uploading to the Hub: the last state" in line:
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    said += process.communicate(timeout=100)[1].splitlines()
+    assert time.monotonic() - began < 30
+    assert process.returncode == 143
+    assert any("SIGTERM: leaving the upload unfinished." in line for line in said)
+    assert said[-1].startswith("run_mlm_flax.py: stopped as asked; the files are all here, to upload them: hf upload ")
+    assert local_files(tmp_path / "out").keys() >= FINISHED

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The clock of training, and advice about the machine."""
 
+import re
 import time
 
+import matplotlib.axes
 import pytest
 
-from flaxlm import cli, logs
+from flaxlm import arguments, batches, cards, cli, logs
 
 
 def test_stopwatch_leaves_out_the_stops():
@@ -29,3 +31,72 @@ def test_bfloat16_without_instructions_for_it(cpuinfo, warned, monkeypatch, capl
     caplog.clear()
     logs.advise_on_cpu("float32")
     assert not caplog.text
+
+
+def plan_of(num_steps: int) -> batches.Plan:
+    sizes = {"train_batch_size": 4, "eval_batch_size": 4, "num_micro_batches": 1, "steps_per_epoch": 0, "num_warmup_steps": 0}
+    return batches.Plan(num_local_devices=1, num_processes=1, process_index=0, num_steps=num_steps, **sizes)
+
+
+def lines_of(num_steps: int, caplog, monkeypatch, **flags) -> list[int]:
+    """The steps that are logged."""
+    monkeypatch.setattr(cli.logger, "propagate", True)
+    caplog.set_level("INFO")
+    training_args = arguments.TrainingArguments(output_dir="", **flags)
+    if not flags:
+        training_args.least_log_lines = 10  # as where --logging_steps is not given
+    log = logs.TrainingLog(training_args, plan_of(num_steps), None)
+    metrics = {"loss": 1.0, "weight": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "stop": 0.0}
+    for step in range(1, num_steps + 1):
+        log.add(step, metrics, 1)
+    log.fetch()
+    log.close()
+    return [int(step) for step in re.findall(r"step (\d+) of", caplog.text)]
+
+
+def test_a_short_run_is_not_silent(caplog, monkeypatch):
+    """Ten lines at least, unless asked otherwise."""
+    assert lines_of(100, caplog, monkeypatch) == list(range(10, 101, 10))
+    caplog.clear()
+    assert lines_of(3, caplog, monkeypatch) == [1, 2, 3]
+    caplog.clear()
+    assert lines_of(100, caplog, monkeypatch, logging_steps=500) == [100]
+
+
+def test_points_that_cannot_be_written_are_reported_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(cli.logger, "propagate", True)
+    points = logs.Points(str(tmp_path), first=0)
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(points.writer, "add_scalar", fail)
+    points.add(1, {"train_loss": 1.0, "eval_loss": 1.0})
+    points.flush()
+    points.close()
+    assert points.failed
+    assert caplog.text.count("TensorBoard's points can no longer be written: [Errno 28] No space left on device") == 1
+
+
+def test_a_directory_that_takes_no_points(tmp_path):
+    (tmp_path / "file").write_text("")
+    points = logs.Points(str(tmp_path / "file"), first=0)
+    assert points.failed
+    points.add(1, {"train_loss": 1.0})
+    points.close()
+
+
+def test_one_log_line_gives_a_point_in_the_picture(tmp_path, monkeypatch):
+    """A line through one point cannot be seen."""
+    drawn = []
+    plot = matplotlib.axes.Axes.plot
+
+    def noted(axes, *args, **kwargs):
+        drawn.append(args)
+        return plot(axes, *args, **kwargs)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", noted)
+    cards.draw_curves(str(tmp_path / "one.png"), [(3, 1.0)], {})
+    cards.draw_curves(str(tmp_path / "two.png"), [(3, 1.0), (6, 0.5)], {})
+    assert [args[-1] for args in drawn] == ["o", "-"]
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")

@@ -42,7 +42,7 @@ def mistake(error_of):
         (["--num_train_epochs", 0], "--num_train_epochs 0.0: must be more than 0"),
         (["--max_steps", 0], "--max_steps 0: must be at least 1"),
         (["--learning_rate", -1], "--learning_rate -1.0: must be at least 0"),
-        (["--learning_rate", math.nan], "--learning_rate nan: must be at least 0"),
+        (["--learning_rate", math.nan], "--learning_rate nan: must be a finite number"),
         (["--adam_beta2", 1], "--adam_beta2 1.0: must be between 0 and 1"),
         (["--warmup_ratio", 1.5], "--warmup_ratio 1.5: must be between 0 and 1"),
         (["--warmup_steps", 4], "--warmup_steps: a warmup of 4 steps does not fit into 4 steps"),
@@ -52,7 +52,7 @@ def mistake(error_of):
         (["--max_train_samples", 0], "--max_train_samples 0: must be at least 1"),
         (["--dtype", "float16"], "--dtype float16: would need loss scaling"),
         (["--dtype", "float64"], "--dtype"),
-        (["--seed", -1], "--seed -1: must be between 0 and"),
+        (["--seed", -1], "--seed -1: must be at least 0"),
         (["--lr_scheduler_type", "exponential"], "--lr_scheduler_type"),
         (["--learning_rate", "fast"], "--learning_rate"),
         (["--no_such_flag"], "--no_such_flag: no such flag"),
@@ -138,7 +138,7 @@ def test_file_that_is_not_what_its_suffix_says(mistake, flags, tmp_path):
 def test_no_text_column(mistake, flags, tmp_path):
     (tmp_path / "numbers.jsonl").write_text('{"n": 1}\n{"n": 2}\n')
     line = mistake(*flags, "--train_file", tmp_path / "numbers.jsonl")
-    assert "the data has no text column, only ['n']; name one with --text_column_name" in line
+    assert "the data has no text column, only n (numbers): write the texts as strings" in line
 
 
 def test_tokenizer_without_mask_token(mistake, flags, byte_level_tokenizer, tmp_path):

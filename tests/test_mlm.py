@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Properties of the MLM collator and of word boundaries."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, FlaxAutoModelForMaskedLM, PretrainedConfig
 
 import run_mlm_flax as script
@@ -93,6 +97,37 @@ def test_masked_share_and_80_10_10(byte_level_tokenizer, probability, whole_word
     assert set(range(5, V)) == set(drawn)
     counts = np.bincount(drawn, minlength=V)[5:]
     assert counts.std() < 1.3 * np.sqrt(counts.mean())  # uniform
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+@pytest.mark.parametrize("T", [16, 40])
+def test_rows_narrower_than_the_limit(byte_level_tokenizer, T, whole_words):
+    """Rows that are texts are as wide as the longest: selected, masked, random and kept in the same shares there."""
+    rng, N, limit = np.random.default_rng(0), 12_000, 64
+    rows = {"input_ids": rng.integers(5, 509, (N, T)).astype(np.int32)}
+    if whole_words:
+        rows["word_starts"] = (rng.random((N, T)) < 0.7).astype(np.int32)
+    collator = make_collator(byte_level_tokenizer, limit)
+    assert collator.draws_per_row == limit
+    batch = collator(rows, rng.random((N, limit)), np.ones(N, bool), 4)
+    hidden = scatter_labels(batch, 4) != -100
+    assert hidden.mean() == pytest.approx(0.15, rel=0.03)
+    np.testing.assert_allclose(hidden.mean(axis=0), 0.15, atol=0.02)  # at every place
+    shown, original = batch["input_ids"][hidden], rows["input_ids"][hidden]
+    is_mask = shown == byte_level_tokenizer.mask_token_id
+    assert is_mask.mean() == pytest.approx(0.8, abs=0.015)
+    assert (shown == original).mean() == pytest.approx(0.1, abs=0.012)
+    assert (~is_mask & (shown != original)).mean() == pytest.approx(0.1, abs=0.012)
+
+
+def test_rows_of_full_width_use_the_same_numbers(byte_level_tokenizer):
+    """A row is hidden in the same places whether it stands in a wide array or in a narrow one."""
+    rng, collator = np.random.default_rng(0), make_collator(byte_level_tokenizer, 64)
+    ids, uniforms = rng.integers(5, 509, (50, 64)).astype(np.int32), rng.random((50, 64))
+    ids[:, 48:] = byte_level_tokenizer.pad_token_id
+    wide, narrow = (collator({"input_ids": ids[:, :width]}, uniforms, np.ones(50, bool), 1) for width in (64, 48))
+    np.testing.assert_array_equal(wide["input_ids"][:, :48], narrow["input_ids"])
+    assert (narrow["input_ids"] != ids[:, :48]).any()
 
 
 def test_a_word_is_masked_whole_or_not_at_all(byte_level_tokenizer):
@@ -199,6 +234,79 @@ def test_word_starts_within_one_character(byte_level_tokenizer):
     assert words == ["模", "型", "ok", "🙂"]
 
 
+# Each with its letters and marks as they stand alone; a bar stands between them.
+WITHOUT_SPACES = {
+    "Thai": "ภ|า|ษ|า|ไ|ท|ย|ที่|นี่",
+    "Lao": "ພ|າ|ສ|າ|ລ|າ|ວ|ນີ້",
+    "Khmer": "ភា|សា|ខ្|មែ|រ",
+    "Myanmar": "မြ|န်|မာ|ဘာ|သာ",
+    "Tibetan": "བོ|ད|་|སྐ|ད",
+    "Javanese": "ꦧ|ꦱ|ꦗ|ꦮ|ꦏꦶ",
+    "Balinese": "ᬩ|ᬲ|ᬩ|ᬮᬶ",
+    "New Tai Lue": "ᦑ|ᦺ|ᦟ|ᦹ",
+    "Tai Tham": "ᨾᩮᩬᩥ|ᨦ",
+    "Tai Le": "ᥖ|ᥭ|ᥰ",
+    "Tai Viet": "ꪼ|ꪕ",
+    "Cham": "ꨌ|ꨠ|ꨇꩌ",
+    "Buginese": "ᨅ|ᨔ|ᨕᨘ|ᨁᨗ",
+    "Yi": "ꆈ|ꌠ|ꁱ|ꂷ",
+    "Chinese": "模|型|〇|々",
+    "Japanese": "日|本|語|の|ｶ|ﾅ|ー",
+    "Bopomofo": "ㄅ|ㄆ",
+}
+WITH_SPACES = ["नमस्ते", "العربيّة", "한국어", "e\u0301te\u0301", "தமிழ்", "עִבְרִית", "ქართული", "አማርኛ"]
+
+
+def letters_as_words(text: str, pieces: list[str]) -> list[str]:
+    """The words that find_word_starts sees where every piece is a token."""
+    ends = np.cumsum([len(piece) for piece in pieces])
+    starts = script.find_word_starts(
+        text, list(zip(ends - [len(piece) for piece in pieces], ends, strict=True)), [0] * len(ends)
+    )
+    words: list[str] = []
+    for piece, is_start in zip(pieces, starts, strict=True):
+        words += [piece] if is_start else [words.pop() + piece]
+    return words
+
+
+@pytest.mark.parametrize("name", WITHOUT_SPACES)
+def test_scripts_without_spaces(name, byte_level_tokenizer):
+    """Every character stands alone with its combining marks, cut into characters and into bytes; else a row is one word."""
+    expected = WITHOUT_SPACES[name].split("|")
+    text = "".join(expected)
+    assert letters_as_words(text, list(text)) == expected
+    batch = script.tokenize_texts({"text": [f"so {text} {text}x y"]}, byte_level_tokenizer, "text", None, True)
+    ids, starts = np.array(batch["input_ids"][0]), np.array(batch["word_starts"][0])
+    words = [byte_level_tokenizer.decode(piece).strip() for piece in np.split(ids, np.flatnonzero(starts))[2:-1]]
+    assert words == ["so", *expected, *expected, "x", "y"]
+
+
+@pytest.mark.parametrize("word", WITH_SPACES)
+def test_scripts_with_spaces(word):
+    """Marks are part of words there."""
+    assert letters_as_words(f"{word} {word},", [*word, " ", *word, ","]) == [word, f" {word}", ","]
+
+
+def test_a_mark_belongs_to_whatever_stands_before_it():
+    assert letters_as_words("☕\ufe0f(\u0301a", list("☕\ufe0f(\u0301a")) == ["☕\ufe0f", "(\u0301", "a"]
+
+
+def test_whole_word_masking_of_thai(byte_level_tokenizer):
+    """Each row has labels, in the share asked for (T13)."""
+    text = "ภาษาไทยเป็นภาษาที่มีผู้พูดมากที่สุดในประเทศไทย" * 40
+    data_args = script.DataTrainingArguments(whole_word_mask=True)
+    collator = script.Collator(byte_level_tokenizer, None, data_args, 64)
+    tokens = script.tokenize_texts({"text": [text]}, byte_level_tokenizer, "text", None, True)
+    num_rows = len(tokens["input_ids"][0]) // 64
+    rows = {name: np.array(values[0][: 64 * num_rows]).reshape(num_rows, 64) for name, values in tokens.items()}
+    rows = {name: np.tile(array, (8, 1)) for name, array in rows.items()}
+    batch = collator(rows, uniforms(rows["input_ids"].shape), np.ones(8 * num_rows, bool), 1)
+    labels_per_row = (scatter_labels(batch, 1) != -100).sum(axis=1)
+    assert (labels_per_row > 0).mean() > 0.9  # 18 characters of three bytes in a row: 0.85 ** 18 of them have none
+    assert labels_per_row.max() < 48  # before, rows were hidden as a whole or not at all
+    assert labels_per_row.mean() / 64 == pytest.approx(0.15, rel=0.1)
+
+
 def test_word_references_join_characters(word_piece_tokenizer):
     """train_ref_file lists the tokens that continue a word, [CLS] being 0."""
     texts, references = ["模型预测词语", " ", "模型"], [[2, 4, 6], [], []]
@@ -293,3 +401,31 @@ def test_whole_word_mask_runs_with_references(bert_dir, tmp_path):
         "--whole_word_mask", "--max_steps", 30, "--learning_rate", 1e-2,
     )  # fmt: skip
     assert results["eval_accuracy"] > 0.2
+
+
+def test_line_by_line_masks_in_the_usual_shares(roberta_dir, tmp_path):
+    """Texts far shorter than max_seq_length (J4): it runs."""
+    (tmp_path / "short.txt").write_text("one short line\nanother one\n" * 50)
+    flags = ["--train_file", tmp_path / "short.txt", "--line_by_line", "--max_seq_length", 64, "--max_steps", 2]
+    for whole_words in ([], ["--whole_word_mask"]):
+        results = run(tmp_path / f"out{len(whole_words)}", roberta_dir, *flags, *whole_words)
+        assert 0 < results["eval_loss"] < 10
+
+
+@pytest.mark.parametrize("truncation", [None, {"max_length": 24, "stride": 2}])
+def test_the_tokenizer_is_saved_as_it_was_loaded(truncation, roberta_dir, corpus, tmp_path):
+    """Whether texts were tokenised and truncated by it, or came from the cache."""
+    directory = tmp_path / "model"
+    shutil.copytree(roberta_dir, directory)
+    if truncation:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        tokenizer.enable_truncation(**truncation)
+        tokenizer.enable_padding(pad_id=1, pad_token="<pad>", length=32)
+        tokenizer.save(str(directory / "tokenizer.json"))
+    flags = ["--train_file", corpus, "--max_steps", 1, "--max_train_samples", 16, "--max_eval_samples", 8]
+    loaded = json.loads((directory / "tokenizer.json").read_text())
+    assert (loaded["truncation"] is not None) == (loaded["padding"] is not None) == bool(truncation)
+    for name, more in (("first", ["--overwrite_cache"]), ("cached", []), ("rows", ["--overwrite_cache"])):
+        run(tmp_path / name, directory, *flags, *more, *(["--line_by_line"] if name != "rows" else []))
+        saved = json.loads((tmp_path / name / "tokenizer.json").read_text())
+        assert saved == loaded, name
