@@ -97,6 +97,8 @@ class DataTrainingArguments(arguments.DataArguments):
             config.is_decoder = True
         if config.model_type == "big_bird":
             config.attention_type = "original_full"  # sparse attention, its default, has no causal mask
+        if config.model_type == "gemma":  # its Flax class reads the one, PyTorch's the other
+            config.hidden_activation = config.hidden_act = config.hidden_activation or config.hidden_act
 
     def text_loader_options(self) -> dict[str, Any]:
         """Options for reading txt files."""
@@ -282,6 +284,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
     row_length = pretrained.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
+    weights.check(config, args, MODELS)
     collator = Collator(tokenizer, config, data_args, row_length)
     tokenize_fn = functools.partial(tokenize_texts, tokenizer=tokenizer, **collator.tokenize_options)
     data = corpus.prepare(args, tokenize_fn, collator)

@@ -104,7 +104,9 @@ class DataTrainingArguments(arguments.DataArguments):
         metadata={"help": "line_by_line: pad to max_seq_length; unset: to the longest row (a multiple of 16)."},
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict, in (0, 1)."})
-    whole_word_mask: bool = field(default=False, metadata={"help": "Mask all tokens of a word together."})
+    whole_word_mask: bool = field(
+        default=False, metadata={"help": "Mask all tokens of a word together; in scripts without spaces, of a character."}
+    )
 
     def check(self, model_args: arguments.ModelArguments) -> None:
         """Refuse impossible settings of the objective before anything is loaded."""
@@ -465,6 +467,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
     row_length = pretrained.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
+    weights.check(config, args, MODELS)
     collator = Collator(tokenizer, config, data_args, row_length)
     tokenize_fn = functools.partial(tokenize_texts, tokenizer=tokenizer, **collator.tokenize_options)
     data = corpus.prepare(args, tokenize_fn, collator)

@@ -553,6 +553,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
     row_length = pretrained.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
+    weights.check(config, args, MODELS)
     collator = Collator(tokenizer, config, data_args, row_length)
     tokenize_fn = functools.partial(tokenize_texts, tokenizer=tokenizer, **collator.tokenize_options)
     data = corpus.prepare(args, tokenize_fn, collator)

@@ -98,7 +98,8 @@ class DataTrainingArguments(arguments.DataArguments):
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "span_corruption: share of noise tokens, in (0, 1)."})
     mean_noise_span_length: float = field(
-        default=3.0, metadata={"help": "span_corruption: tokens in a span of noise on average, at least 1."}
+        default=3.0,
+        metadata={"help": "span_corruption: tokens in a span of noise on average, at least 1; for more than half noise, more."},
     )
 
     def check(self, model_args: arguments.ModelArguments) -> None:
@@ -464,6 +465,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
     row_length = pretrained.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
+    weights.check(config, args, MODELS)
     collator = Collator(tokenizer, config, data_args, row_length)
     tokenize_fn = functools.partial(tokenize_texts, tokenizer=tokenizer, **collator.tokenize_options)
     data = corpus.prepare(args, tokenize_fn, collator)

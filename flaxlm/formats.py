@@ -20,6 +20,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.packaged_modules.json.json import Json
 
 from flaxlm import cli
 
@@ -192,8 +193,8 @@ def read_json(path: str) -> Iterator[pa.Table]:
         # Under a plain name: `datasets` takes some characters of a path for patterns or for a chain of archives.
         alias = os.path.join(directory, f"rows.json{suffixes(path)[1]}")
         os.symlink(os.path.abspath(path), alias)
-        options = {"streaming": True, "cache_dir": directory, "parse_agent_traces": False}
-        rows = datasets.load_dataset("json", data_files=glob.escape(alias), split="train", **options)
+        builder = Json(cache_dir=directory, data_files={"train": [glob.escape(alias)]}, parse_agent_traces=False)
+        rows = builder.as_streaming_dataset(split="train")
         is_empty = True
         for table in rows.with_format("arrow").iter(ROWS_PER_TABLE):
             is_empty = False

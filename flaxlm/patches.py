@@ -315,10 +315,6 @@ def check_fields(config: PretrainedConfig, model_class: type[FlaxPreTrainedModel
     if kind in ("llama", "mistral"):
         size = config.hidden_size // config.num_attention_heads
         rules.append(LeftOut("head_dim", LLAMA, (size, None), "divides hidden_size among the heads"))
-    if kind == "gemma":
-        computed = config.hidden_activation or "gelu_pytorch_tanh"
-        tanh = ("gelu_pytorch_tanh", "gelu_new")  # two names of one function
-        rules.append(LeftOut("hidden_act", LLAMA, tanh if computed in tanh else (computed,), f"computes {computed}"))
     for field, _, same, does, _ in rules:
         value = getattr(config, field, same[0])
         if value not in same:

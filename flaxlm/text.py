@@ -211,21 +211,21 @@ def load_splits(args: arguments.Arguments, collator: Any) -> dict[str, datasets.
     sources = find_sources(args)
     wanted = ["train"] * args.training.do_train + ["validation"] * args.training.do_eval
     needed = [role for role in sources if role in wanted or "validation" not in sources]
-    splits = {role: load_split(sources[role], role, args) for role in needed}
+    splits = {role: load_source(sources[role], args.model.cache_dir) for role in needed}
     for role, dataset in splits.items():
         if len(dataset) == 0:
             name = args.data.dataset_name or getattr(args.data, f"{role}_file")
             cli.fail(f"the {role} data is empty: {name} has no rows")
+        if getattr(sources[role], "flag", "") == f"--{role}_file":
+            splits[role] = args.data.add_columns(dataset, role)
     if "validation" not in sources:
         splits |= hold_out(splits["train"], args, collator)
     return {role: splits[role] for role in wanted}
 
 
-def load_split(source: Source, role: str, args: arguments.Arguments) -> datasets.Dataset:
-    if isinstance(source, datasets.Dataset):
-        return source
-    dataset = files.load_rows(source, args.model.cache_dir)
-    return args.data.add_columns(dataset, role) if source.flag == f"--{role}_file" else dataset
+def load_source(source: Source, cache_dir: str | None) -> datasets.Dataset:
+    """All rows of a split that is not streamed."""
+    return source if isinstance(source, datasets.Dataset) else files.load_rows(source, cache_dir)
 
 
 def hold_out(dataset: datasets.Dataset, args: arguments.Arguments, collator: Any) -> dict[str, datasets.Dataset]:

@@ -4,12 +4,13 @@
 import copy
 import json
 import re
+from pathlib import Path
 from types import ModuleType
 
 import jax
 import numpy as np
 import pytest
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, FlaxPreTrainedModel, PretrainedConfig
 
 import run_bart_dlm_flax
 import run_clm_flax
@@ -17,7 +18,7 @@ import run_mlm_flax
 import run_pretraining_flax
 import run_t5_mlm_flax
 from flaxlm import arguments, cli, patches, pretrained, weights
-from tests.test_torch import NOT_IN_FLAX, SIZES, assert_same_scores, load_in_pytorch, make_inputs, save_random_model
+from tests.test_torch import NOT_IN_FLAX, SIZES, assert_same_scores, load_in_pytorch, make_inputs
 
 MODULES = MLM, CLM, T5, BART, NSP = run_mlm_flax, run_clm_flax, run_t5_mlm_flax, run_bart_dlm_flax, run_pretraining_flax
 LENGTH = 80  # tokens in the rows of make_inputs
@@ -122,7 +123,6 @@ LEFT_OUT = [  # script, model type, fields of a config.json, and the words on wh
     (CLM, "mistral", {"head_dim": 64}, "divides hidden_size among the heads"),
     (CLM, "gemma", {"rope_theta": 1000.0}, "turns positions by powers of 10000"),
     (CLM, "gemma", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "does not scale positions"),
-    (CLM, "gemma", {"hidden_act": "gelu"}, "computes gelu_pytorch_tanh"),
     (CLM, "gptj", {"tie_word_embeddings": True}, "has a vocabulary head with weights of its own"),
     (CLM, "gpt2", {"scale_attn_weights": False}, "scales scores by the size of a head"),
     (CLM, "gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scales scores alike in all layers"),
@@ -177,8 +177,8 @@ FOLLOWED = [  # values that are what the class computes
     (CLM, "llama", {"attention_bias": True, "head_dim": 128}),
     (CLM, "mistral", {"head_dim": 128, "sliding_window": None}),
     (CLM, "gemma", {"head_dim": 64, "attention_bias": True, "tie_word_embeddings": False}),
-    (CLM, "gemma", {"hidden_act": "gelu", "hidden_activation": "gelu"}),
-    (CLM, "gemma", {"hidden_act": "gelu_new"}),
+    (CLM, "gemma", {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}),  # as google/gemma-2b has it
+    (CLM, "gemma", {"hidden_act": "silu"}),
     (CLM, "bart", {"tie_word_embeddings": False}),
     (CLM, "bert", {"add_cross_attention": True}),
     (MLM, "bert", {"position_embedding_type": "absolute", "tie_word_embeddings": False, "chunk_size_feed_forward": 8}),
@@ -193,6 +193,21 @@ FOLLOWED = [  # values that are what the class computes
 def test_fields_that_a_class_follows(module, model_type, fields, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type} | fields))
     make(module, config_name=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, "gelu_pytorch_tanh"),
+        ({"hidden_act": "silu"}, "silu"),
+        ({"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}, "gelu_pytorch_tanh"),
+    ],
+)
+def test_gemma_computes_what_pytorch_will(fields, expected, tmp_path):
+    """It has two fields for its activation: transformers' Flax class reads one, PyTorch's the other."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma"} | fields))
+    config = make(CLM, config_name=str(tmp_path))
+    assert (config.hidden_act, config.hidden_activation) == (expected, expected)
 
 
 # ---- Short tables of positions -------------------------------------------------------------------------------------------
@@ -227,18 +242,28 @@ OVERRIDES = {
     "llama": (CLM, SMALL + "num_hidden_layers=2,intermediate_size=48"),
     "llama, grouped": (CLM, SMALL + "num_hidden_layers=2,intermediate_size=48,num_key_value_heads=2"),
     "llama, 80 positions and heads of 64": (
-        run_clm_flax,
+        CLM,
         "hidden_size=128,num_attention_heads=2,vocab_size=131,max_position_embeddings=80,num_hidden_layers=2,intermediate_size=48",
     ),
     "mistral": (CLM, SMALL + "num_hidden_layers=2,intermediate_size=48"),
     "gemma": (CLM, SMALL + "num_hidden_layers=2,intermediate_size=48"),
     "gptj": (CLM, "n_embd=32,n_head=4,n_layer=2,vocab_size=131,n_positions=96"),
     "gpt_neo": (
-        run_clm_flax,
+        CLM,
         "hidden_size=32,num_heads=4,num_layers=3,window_size=20,vocab_size=131,max_position_embeddings=96",
     ),
     "opt": (CLM, SMALL + "num_hidden_layers=2,ffn_dim=48"),
 }
+
+
+def save_random_model(module: ModuleType, config: PretrainedConfig, directory: Path) -> FlaxPreTrainedModel:
+    """Write PyTorch's weights as a run does; returns the Flax model, whose weights are all random, norms too."""
+    model, rng = module.MODELS.auto_class.from_config(config, seed=1), np.random.default_rng(1)
+    model.params = jax.tree.map(lambda a: a + 0.05 * rng.standard_normal(a.shape, np.float32), model.params)
+    directory.mkdir(exist_ok=True)
+    config.save_pretrained(directory)
+    weights.save_file(weights.pytorch_state_dict(model.params), directory / "model.safetensors", metadata={"format": "pt"})
+    return model
 
 
 @pytest.mark.torch
@@ -309,7 +334,7 @@ def check_one(module: ModuleType, config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def compare_in_pytorch(module: ModuleType, config: PretrainedConfig, directory) -> None:
+def compare_in_pytorch(module: ModuleType, config: PretrainedConfig, directory: Path) -> None:
     import torch
     import transformers
 

@@ -549,6 +549,29 @@ MISTAKES = {
         [*TEXT, *T5, "--config_overrides", "relative_attention_max_distance=16"], "max_distance=16: must be at least 17"
     ),
     "lowercase": ([*ROBERTA, *TEXT, "--lowercase"], "--lowercase"),
+    "activation unknown": ([*ROBERTA, *TEXT, "--config_overrides", "hidden_act=foo"], "hidden_act=foo: must be one of gelu,"),
+    "activation of t5": ([*TEXT, *T5, "--config_overrides", "feed_forward_proj=gated-foo"], "feed_forward_proj=gated-foo: "),
+    "no width": ([*ROBERTA, *TEXT, "--config_overrides", "hidden_size=0"], "hidden_size=0: must be a whole number, at least 1"),
+    "layers below none": ([*ROBERTA, *TEXT, "--config_overrides", "num_hidden_layers=-1"], "num_hidden_layers=-1: must"),
+    "no vocabulary": ([*ROBERTA, *TEXT, "--config_overrides", "vocab_size=0"], "vocab_size=0: must be a whole number"),
+    "dropout": ([*TEXT, "--model_type", "bart", "--config_overrides", "dropout=1.5"], "dropout=1.5: must be a number"),
+    "dropout of t5": ([*TEXT, *T5, "--config_overrides", "dropout_rate=1"], "dropout_rate=1.0: must be a number from 0 to"),
+    "dropout of gpt2": ([*TEXT, "--model_type", "gpt2", "--config_overrides", "attn_pdrop=-1"], "attn_pdrop=-1.0: must be"),
+    "heads of gpt2": (
+        [*TEXT, "--model_type", "gpt2", "--config_overrides", "n_embd=64,n_head=7"],
+        "--config_overrides n_head=7: does not divide the hidden size, 64",
+    ),
+    "epsilon": ([*ROBERTA, *TEXT, "--config_overrides", "layer_norm_eps=nan"], "layer_norm_eps=NaN: must be a number"),
+    "an encoder alone": ([*ROBERTA, *TEXT, "--config_overrides", "is_encoder_decoder=yes"], "is_encoder_decoder=true: must be"),
+    "inner size": ([*TEXT, "--model_type", "gpt2", "--config_overrides", "n_inner=wide"], "n_inner=wide: must be"),
+    "config is a list": ([*TEXT, "--config_name", "list"], "--config_name list: config.json must hold one JSON object"),
+    "config is cut": ([*TEXT, "--config_name", "cut"], "--config_name cut: config.json cannot be read as JSON"),
+    "config with text for a number": ([*TEXT, "--config_name", "text"], "--config_name text: config.json: hidden_size=wide"),
+    "config with heads that don't fit": (
+        [*TEXT, "--config_name", "heads"],
+        "--config_name heads: config.json: num_attention_heads=5: does not divide the hidden size, 64",
+    ),
+    "config with code of its own": ([*TEXT, "--config_name", "code"], "it comes with code of its own, which is not run"),
     "directory full": ([*ROBERTA, *TEXT, "--output_dir", "bert"], "--output_dir bert: is not empty"),
     "directory is a file": ([*ROBERTA, *TEXT, "--output_dir", "text.txt"], "--output_dir text.txt: is a file"),
     "directory impossible": ([*ROBERTA, *TEXT, "--output_dir", "text.txt/x"], "--output_dir text.txt/x: cannot be written to"),
@@ -568,6 +591,10 @@ def playground(tmp_path, monkeypatch) -> None:
     files |= {"broken.csv": 'a,b\n"1,2\n', "blanks/train.txt": "\n \n", "broken/train.csv": 'a,b\n"1,2\n'}
     files |= {"numbers.csv": "a,b\n1,2\n", "list.json": "[]", "flag.json": '{"vocabulary": 9}'}
     files |= {f"{name}/config.json": json.dumps({"model_type": name}) for name in ("bert", "llama")}
+    files |= {"list/config.json": "[]", "cut/config.json": '{"model_type": "be'}
+    files["text/config.json"] = '{"model_type": "bert", "hidden_size": "wide"}'
+    files["heads/config.json"] = '{"model_type": "bert", "hidden_size": 64, "num_attention_heads": 5}'
+    files["code/config.json"] = '{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}'
     for name, content in files.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(content, "utf-8")

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """run_bert_flax.py: what is timed is the whole model, in the precision asked for; results parse; mistakes are named."""
 
+import dataclasses
+import importlib.util
 import json
 import logging
 import re
+import shutil
 import types
 
 import jax
@@ -266,6 +269,49 @@ def test_directories_that_cannot_be_timed(tmp_path, tiny_bert, tiny_config, erro
     assert "cannot be loaded" in error_of(time_it, "bert-base-uncased")
     DistilBertConfig().save_pretrained(tmp_path / "distilbert")
     assert "--hidden_act" in error_of(time_it, tmp_path / "distilbert", "--hidden_act", "gelu_new")
+
+
+ADVICE = re.compile(r"--\w+|\w+=True")  # flags and arguments that a message names
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"hidden_size": "abc"}, "config.json: hidden_size=abc: must be a whole number"),
+        ({"num_attention_heads": 5}, "config.json: num_attention_heads=5: does not divide the hidden size, 32"),
+        ({"hidden_act": "foo"}, "config.json: hidden_act=foo: must be one of gelu,"),
+        ({"position_embedding_type": "relative_key"}, "transformers' Flax class of bert adds absolute positions"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}, "it comes with code of its own, which is not run"),
+        ({"vocab_size": 900}, "the configuration is not that of the weights: "),
+    ],
+)
+def test_advice_that_can_be_followed(fields, expected, tiny_bert, error_of, tmp_path):
+    """A configuration that is damaged or another's: one line, which names no flag that the script does not have."""
+    shutil.copytree(tiny_bert, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    line = error_of(time_it, tmp_path)
+    assert expected in line
+    assert set(ADVICE.findall(line)) <= {f"--{field.name}" for field in dataclasses.fields(script.TimingArguments)}
+
+
+def test_weights_in_a_pickle(tiny_config, error_of, tmp_path, monkeypatch):
+    """Only PyTorch can read them: that is what the line says, and no flag that the script does not have."""
+    tiny_config.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    line = error_of(time_it, tmp_path)
+    assert "its weights are in pytorch_model.bin, which needs PyTorch: install it (pip install torch)" in line
+    assert set(ADVICE.findall(line)) == {"--model_name_or_path"}
+
+
+@pytest.mark.torch
+def test_a_pickle_is_timed(tiny_config, capsys, tmp_path):
+    from transformers import BertModel
+
+    BertModel(tiny_config).save_pretrained(tmp_path, safe_serialization=False)
+    time_it(tmp_path)
+    assert "examples per second" in capsys.readouterr().out
 
 
 def test_a_length_that_the_model_does_not_take(tmp_path, error_of):

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """--streaming: windows of texts lose and repeat nothing, go on from anywhere; what is held out is never trained on."""
 
+import bz2
 import functools
 import gzip
 import itertools
 import json
+import lzma
 import shutil
 import signal
 import subprocess
@@ -15,13 +17,16 @@ from collections import Counter
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import requests
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import run_mlm_flax as script
-from flaxlm import arguments, streams
+from flaxlm import arguments, batches, cli, streams
 from tests.conftest import read_events, run
 
 COPIES = 7  # of its number, in each numbered text: no divisor of ROW, so that texts cross the borders of rows
@@ -142,14 +147,30 @@ def test_each_window_and_epoch_has_an_order_of_its_own(number_tokenizer, tmp_pat
     assert all((a == b).all() for (a, _), (b, _) in zip(windows, again, strict=True))
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-def test_windows_go_on_from_every_position(number_tokenizer, tmp_path, compressed):
+def same_texts(path, kind: str):
+    """The texts of a txt file in another format, or as save_to_disk writes them in two parts."""
+    lines, target = path.read_text().splitlines(), path.with_name(f"numbers.{kind}")
+    dataset = datasets.Dataset.from_dict({"id": list(range(len(lines))), "text": lines})
+    if kind == "txt.gz":
+        target.write_bytes(gzip.compress(path.read_bytes()))
+    elif kind == "saved":
+        datasets.DatasetDict(train=dataset).save_to_disk(target, num_shards={"train": 2})
+    elif kind == "directory":
+        for part in range(3):  # three shards, of which the last is longer
+            part_of = dataset.select(range(part * 80, 80 * (part + 1) if part < 2 else len(lines)))
+            part_of.to_csv(target / f"train-{part}.csv", index=False)
+    else:
+        {"csv": dataset.to_csv, "jsonl": dataset.to_json, "parquet": dataset.to_parquet}[kind](target)
+    return target
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "csv", "jsonl", "parquet", "directory", "saved"])
+def test_windows_go_on_from_every_position(number_tokenizer, tmp_path, kind):
     """From the JSON of each window's start, over the ends of epochs: the windows that would have followed."""
     path = number_file(tmp_path, 300)
-    if compressed:
-        with open(path, "rb") as plain, gzip.open(f"{path}.gz", "wb") as packed:
-            shutil.copyfileobj(plain, packed)
-        path = path.with_name("numbers.txt.gz")
+    if kind == "directory":
+        (tmp_path / "numbers.directory").mkdir()
+    path = path if kind == "txt" else same_texts(path, kind)
     stream, _ = open_stream(path, number_tokenizer, shuffle_buffer_size=45)
     expected = list(itertools.islice(stream.windows(None), 14))
     assert {start["epoch"] for _, start in expected} == {0, 1, 2}
@@ -168,6 +189,124 @@ def test_old_windows_are_let_go(number_tokenizer, tmp_path):
     for rows, _ in itertools.islice(stream.windows(None), 50):
         seen.append(weakref.ref(rows["input_ids"]))
     assert sum(reference() is not None for reference in seen) <= 2
+
+
+# What may go wrong with a stream while it is read.
+
+
+def damaged(kind: str, directory):
+    """A file that begins well and then is damaged, (path, what the line says of it)."""
+    lines = [" ".join(map(str, np.random.default_rng(n).integers(0, 1000, 500))) for n in range(1500)]  # more than a table
+    text = "".join(f"{line}\n" for line in lines).encode()
+    name, _, what = kind.partition(" ")
+    path = directory / name
+    if what == "cut":
+        packed = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[path.suffix].compress(text)
+        path.write_bytes(packed[: len(packed) // 2])
+        return path, "ended before the end-of-stream marker"
+    if what == "overwritten":
+        packed = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[path.suffix].compress(text)
+        middle = len(packed) // 2
+        path.write_bytes(packed[:middle] + bytes(1000) + packed[middle + 1000 :])
+        return path, "cannot be read as text: "
+    if name == "a.txt":
+        path.write_bytes(text + b"caf\xe9\n")
+        return path, "not UTF-8; convert it, for example with `iconv"
+    if name == "a.csv":
+        path.write_bytes(b"text\n" + text + b"a, b\n")
+        return path, "row 1501 .line 1502. has 2 fields"
+    if name == "a.jsonl":
+        rows = "".join(json.dumps({"text": line}) + "\n" for line in lines).encode() * 4  # more than a chunk of 10 MB
+        path.write_bytes(rows + b'{"text": "a')
+        return path, "cannot be read as json: "
+    pq.write_table(pa.table({"text": lines}), path, row_group_size=500, compression="none")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4000] = b"\xff" * 4000
+    path.write_bytes(content)
+    return path, "cannot be read as parquet: "
+
+
+KINDS = ["a.txt", "a.csv", "a.jsonl", "a.parquet"]
+KINDS += [f"a.txt.{packed} {what}" for what in ("cut", "overwritten") for packed in ("gz", "bz2", "xz")]
+
+
+@pytest.mark.parametrize("given_by", ["file", "directory"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_is_told_in_one_line(kind, given_by, refuses, number_tokenizer, tmp_path):
+    """In the middle of training too, with the flag and the file; the line comes out of the background thread."""
+    (tmp_path / "data").mkdir()
+    path, expected = damaged(kind, tmp_path / "data")
+    flag = "--train_file" if given_by == "file" else f"--dataset_name {tmp_path / 'data'}:"
+    with refuses(f"{flag} {path}: is empty or .*{expected}"):
+        stream, _ = open_stream(path if given_by == "file" else path.parent, number_tokenizer, shuffle_buffer_size=300)
+        for _ in batches.prefetch(itertools.islice(stream.windows(None), 1000)):
+            pass
+
+
+def test_damage_ends_a_run_with_one_line(some_text, roberta_dir, run_script, tmp_path):
+    """As a program: exit status 2, no traceback, and the checkpoints before are kept."""
+    path = tmp_path / "cut.txt.gz"
+    packed = gzip.compress(some_text.read_bytes() * 60, compresslevel=0)
+    path.write_bytes(packed[: len(packed) * 3 // 4])
+    flags = ["--config_name", roberta_dir, "--tokenizer_name", roberta_dir, "--max_seq_length", 32, "--train_file", path]
+    flags += ["--streaming", "--num_eval_samples", 8, "--max_steps", 10_000, "--shuffle_buffer_size", 50, "--save_steps", 5]
+    flags += ["--per_device_train_batch_size", 128]
+    done = run_script(script.__file__, *flags, "--output_dir", tmp_path / "out")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (
+        f"error: --train_file {path}: is empty or cannot be read as text: Compressed file ended" in done.stderr.splitlines()[-1]
+    )
+    assert checkpoints(tmp_path / "out")
+
+
+def test_a_file_that_goes_is_told(refuses, number_tokenizer, tmp_path):
+    path = number_file(tmp_path, 200)
+    stream, _ = open_stream(path, number_tokenizer)
+    with refuses(f"--train_file {path}: .*No such file"):
+        for _, start in stream.windows(None):
+            if start["epoch"] == 0:
+                path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("Server Disconnected"), TimeoutError("timed out"), requests.ReadTimeout("slow")]
+)
+def test_a_lost_network_is_an_accident(error, number_tokenizer, monkeypatch, tmp_path):
+    """Nobody's mistake: exit status 1, and how to go on."""
+    stream, _ = open_stream(number_file(tmp_path, 300), number_tokenizer)
+
+    def examples():
+        yield from ({"text": "1 2 3"} for _ in range(100))
+        raise OSError("reading failed") from error
+
+    monkeypatch.setattr(stream, "open_dataset", lambda: datasets.IterableDataset.from_generator(examples))
+    stream.source = "--dataset_name someone/something (train)"
+    with pytest.raises(cli.Accident) as caught:
+        list(itertools.islice(stream.windows(None), 10))
+    assert caught.value.status == 1
+    assert "--dataset_name someone/something (train): the network failed: " in str(caught.value)
+    assert "--resume_from_checkpoint" in str(caught.value)
+
+
+# Which stream it is.
+
+
+def test_a_stream_is_known_by_its_texts(number_tokenizer, tmp_path):
+    """Not by its name; and by how much was held out. What comes later in it is not looked at."""
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+    first = number_file(tmp_path / "a", 400)
+    known = open_stream(first, number_tokenizer)[0].identity
+    assert open_stream(shutil.copy(first, tmp_path / "b" / "other.txt"), number_tokenizer)[0].identity == known
+    assert open_stream(same_texts(first, "txt.gz"), number_tokenizer)[0].identity == known
+    lines = first.read_text().splitlines()
+    (tmp_path / "c" / "numbers.txt").write_text("\n".join([*lines[:50], "999", *lines[51:]]))
+    assert open_stream(tmp_path / "c" / "numbers.txt", number_tokenizer)[0].identity != known
+    assert open_stream(first, number_tokenizer, num_eval_samples=60)[0].identity != known
+    assert open_stream(first, number_tokenizer, validation_file=str(first))[0].identity != known
+    (tmp_path / "d" / "numbers.txt").write_text("\n".join([*lines, "999"]))
+    assert open_stream(tmp_path / "d" / "numbers.txt", number_tokenizer)[0].identity == known
 
 
 def test_line_by_line_rows(number_tokenizer, tmp_path):
@@ -265,6 +404,20 @@ def test_killed_run_equals_the_uninterrupted_one(uninterrupted, some_text, rober
     assert not (tmp_path / "out" / "train_results.json").exists()
     run(tmp_path / "out", roberta_dir, "--train_file", some_text, *FLAGS, "--resume_from_checkpoint")
     assert_same_run(tmp_path / "out", uninterrupted)
+
+
+@pytest.mark.parametrize("change", ["text", "validation"])
+def test_a_run_goes_on_with_its_own_stream_only(change, uninterrupted, some_text, roberta_dir, error_of, tmp_path):
+    """A file of the same name with other text is refused, and validation data that was not there: it moves what is held out."""
+    once = back_to(uninterrupted, tmp_path / "once", 2 * SAVE)
+    other = tmp_path / some_text.name
+    lines = some_text.read_text("utf-8").splitlines()
+    other.write_text("\n".join(lines[1:] if change == "text" else lines) + "\n", "utf-8")
+    more = ["--validation_file", some_text] if change == "validation" else []
+    line = error_of(run, once, roberta_dir, "--train_file", other, *more, *FLAGS, "--resume_from_checkpoint")
+    assert "the training data (checksum) is" in line
+    assert (", 0 text(s) held out" in line) == (change == "validation")
+    assert "going on would not give what an uninterrupted run gives" in line
 
 
 def test_formats_give_the_same_rows(uninterrupted, some_text, roberta_dir, byte_level_tokenizer, tmp_path):
