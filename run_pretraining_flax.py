@@ -184,7 +184,7 @@ def check_pairs(dataset: datasets.Dataset, collator: "Collator") -> None:
             cli.fail(f"--is_already_preprocessed: column {name} has rows without a value")
     if "token_type_ids" not in dataset.column_names:
         cli.logger.warning("The data has no token_type_ids: both parts of a pair get type 0.")
-    if max(dataset["next_sentence_label"][:]) not in (0, 1):
+    if max(dataset["next_sentence_label"][:]) > 1:
         cli.fail("--is_already_preprocessed: next_sentence_label must be 0 (follows), 1 (random) or negative (not known)")
     longest = highest = 0
     for ids, lengths in token_rows.token_chunks(dataset, "input_ids"):
@@ -258,7 +258,8 @@ def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase,
     if not texts_of_sentences:
         return []
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-    tokens = iter(tokenizer(texts_of_sentences, **options)["input_ids"])
+    with weights.tokenizer_as_loaded(tokenizer):
+        tokens = iter(tokenizer(texts_of_sentences, **options)["input_ids"])
     documents = []
     for size in sizes:
         found = [np.asarray(ids, np.int32) for ids in itertools.islice(tokens, size) if ids]

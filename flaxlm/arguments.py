@@ -182,7 +182,7 @@ class DataArguments:
         """Set what the objective, or its rows of that many tokens, need of the model's configuration."""
 
     def text_loader_options(self) -> dict[str, Any]:
-        """Options for reading txt files."""
+        """Options for reading txt files, also those of a directory: keep_linebreaks, or sample_by="paragraph"."""
         return {}
 
     def add_columns(self, dataset: datasets.Dataset, split: str) -> datasets.Dataset:
@@ -190,7 +190,7 @@ class DataArguments:
         return dataset
 
     def source_column(self, dataset: datasets.Dataset, collator: Any) -> str:
-        """The column of which rows of tokens are made; mistakes in the data may be refused here."""
+        """The column of which rows of tokens are made; mistakes in the data, or a stream's first rows, may be refused here."""
         return files.find_text_column(dataset, self.text_column_name)
 
     def reason_for_no_rows(self, text_column: str) -> str:

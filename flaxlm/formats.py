@@ -227,7 +227,7 @@ def as_plain_types(table: pa.Table) -> pa.Table:
 def plain_type(kind: pa.DataType) -> pa.DataType | None:
     if pa.types.is_dictionary(kind):
         return plain_type(kind.value_type)
-    if pa.types.is_null(kind) or pa.types.is_string_view(kind):
+    if pa.types.is_null(kind):
         return pa.string()
     try:
         datasets.Features.from_arrow_schema(pa.schema({"column": kind}))

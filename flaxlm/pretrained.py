@@ -55,7 +55,7 @@ LEADS_ASTRAY = {  # what is in messages of transformers, and what to say instead
     "Unrecognized model": "its config.json has no model_type",
     "Repo id must be": "there is no such directory, and no repository of the Hub can have that name",
     "custom code": "it comes with code of its own, which is not run",
-    "NoneType|model_proto": "a file that its class needs is missing",
+    "not NoneType|'NoneType' object|model_proto": "a file that its class needs is missing",
     "SentencePiece and Tiktoken failed": "it is cut short or damaged, or of tiktoken: pip install tiktoken blobfile",
 }
 
@@ -153,7 +153,7 @@ def update_derived_fields(config: PretrainedConfig, before: Mapping[str, Any], c
                 set_unless_changed(name, max(1, size // 64))  # heads of 64
         if old("word_embed_proj_dim") == old(hidden):  # OPT
             set_unless_changed("word_embed_proj_dim", size)
-    if hidden in before and (hidden in changed or heads in changed):
+    if {hidden, heads} <= before.keys() and {hidden, heads} & set(changed):
         head_size = getattr(config, hidden) // getattr(config, heads)
         if old("head_dim") is not None:  # Llama, Mistral, Gemma
             set_unless_changed("head_dim", head_size)

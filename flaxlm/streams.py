@@ -110,7 +110,10 @@ class TextStream:
                 yield {name: array[order] for name, array in rows.items()}, start
                 window += 1
             if first_window == 0 and not found_tokens:
-                cli.fail("no text is left to train on: lower --num_eval_samples or give more text")
+                advice = (
+                    "give more text, --validation_file, or a lower --num_eval_samples; a hundred texts are held out at least"
+                )
+                cli.fail(f"no text is left to train on: {advice}")
             dataset, epoch, window = self.open_dataset(), epoch + 1, 0
 
 
@@ -124,7 +127,7 @@ def told_of_streams(source: str) -> Iterator[None]:
         error = next((error for error in files.causes(mistake) if is_about_network(error)), None)
         if error is None:
             raise
-        advice = "what was saved is there: the same command with --resume_from_checkpoint goes on"
+        advice = "if a checkpoint was saved, the same command with --resume_from_checkpoint goes on from it"
         raise cli.Accident(f"{source}: the network failed: {cli.first_line(error)}; {advice}") from mistake
 
 

@@ -139,7 +139,10 @@ def find_text_files(
         try:
             builder = datasets.load_dataset_builder(mirror, config_name, data_dir=data_dir, cache_dir=cache_dir)
         except Exception as error:
-            raise ValueError(cli.first_line(error).replace(mirror, directory)) from error
+            reason = cli.first_line(error).replace(mirror, directory)
+            if "same data file format" in reason:
+                reason = "the splits are of different formats; name their files with --train_file and --validation_file"
+            raise ValueError(reason) from error
     config, loader = builder.config, loader_of(builder)
     splits = {str(split): [links.get(path, path) for path in paths] for split, paths in (config.data_files or {}).items()}
     usual = {"name", "version", "description", "data_dir", "data_files", "sep", "delimiter"}
@@ -157,18 +160,20 @@ def plain_names(directory: str) -> Iterator[tuple[str, dict[str, str]]]:
     It takes brackets, ? and :: in a path for patterns or archives, and knows suffixes in lower case only.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        mirror, links, visited = os.path.join(os.path.realpath(temporary), "data"), {}, set()
+        mirror, links, visited = os.path.join(os.path.realpath(temporary), "data"), {}, {os.path.realpath(temporary)}
         os.mkdir(mirror)
         has_card = os.path.isfile(os.path.join(directory, "README.md"))  # which may name the files
         for parent, names, file_names in os.walk(directory, followlinks=True):
-            names[:] = [name for name in names if not name.startswith(".") and os.path.realpath(parent) not in visited]
+            names[:] = [name for name in names if not name.startswith(".")]
+            if os.path.realpath(parent) in visited:  # a link that goes in a circle
+                names.clear()
+                continue
             visited.add(os.path.realpath(parent))
             for name in file_names:
                 path = os.path.abspath(os.path.join(parent, name))
                 plain = os.path.relpath(path, os.path.abspath(directory)).replace("::", "__")
-                if formats.loader_of(path) and not has_card:
-                    length = len("." + "".join(formats.suffixes(path)))
-                    plain = plain[:-length] + plain[-length:].lower()
+                if formats.loader_of(path) and not has_card and not name.endswith("".join(formats.suffixes(path))):
+                    plain = os.path.join(os.path.dirname(plain), os.path.basename(plain).lower())
                 link = os.path.join(mirror, plain)
                 while link in links:
                     link = os.path.join(os.path.dirname(link), f"_{os.path.basename(link)}")

@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -199,7 +200,8 @@ def save_model(
 ) -> None:
     """Write configuration, tokenizer and weights (NumPy arrays); each file appears whole or not at all."""
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as staging:
-        tokenizer.save_pretrained(staging)
+        with TOKENIZER_IN_USE:
+            tokenizer.save_pretrained(staging)
         model.save_pretrained(staging, params=params)
         if save_safetensors:
             path = os.path.join(staging, "model.safetensors")
@@ -216,13 +218,17 @@ def tokenizer_as_loaded(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     Its fingerprint would change too, so that what was tokenised with it would not be found again in the cache.
     """
     rust = getattr(tokenizer, "backend_tokenizer", None)
-    truncation, padding = (rust.truncation, rust.padding) if rust else (None, None)
-    try:
-        yield
-    finally:
-        if rust:
-            rust.enable_truncation(**truncation) if truncation else rust.no_truncation()
-            rust.enable_padding(**padding) if padding else rust.no_padding()
+    with TOKENIZER_IN_USE:
+        truncation, padding = (rust.truncation, rust.padding) if rust else (None, None)
+        try:
+            yield
+        finally:
+            if rust:
+                rust.enable_truncation(**truncation) if truncation else rust.no_truncation()
+                rust.enable_padding(**padding) if padding else rust.no_padding()
+
+
+TOKENIZER_IN_USE = threading.RLock()  # a stream tokenises in a thread of its own while the model is saved
 
 
 def pytorch_state_dict(params) -> dict[str, np.ndarray]:

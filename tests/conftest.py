@@ -22,6 +22,7 @@ import asyncio.base_events
 import contextlib
 import functools
 import json
+import logging
 import optparse
 import pydoc
 import re
@@ -201,6 +202,23 @@ def run_script():
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
 
     return run
+
+
+@pytest.fixture
+def messages_logged(monkeypatch) -> list[str]:
+    """What our loggers say from here on, whatever a run before has set up."""
+    said: list[str] = []
+
+    class Noting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    monkeypatch.setattr(cli.logger, "handlers", [Noting()])
+    monkeypatch.setattr(cli.logger, "propagate", False)
+    monkeypatch.setattr(cli.logger, "level", logging.INFO)
+    for name in ("flaxlm", "flaxlm.logs", "flaxlm.outputs"):  # each remembers what it may say
+        logging.getLogger(name)._cache.clear()
+    return said
 
 
 @pytest.fixture

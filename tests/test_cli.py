@@ -127,17 +127,15 @@ def test_a_json_file_and_flags_behind_it(tmp_path):
     assert cli.ScriptArgumentParser(Flags).parse([str(path), "--number", "3"]) == (Flags(3, "b"),)
 
 
-def test_progress_in_a_log_file(capsys, caplog, monkeypatch):
+def test_progress_in_a_log_file(capsys, messages_logged, monkeypatch):
     """A line a minute, with what is to go; nothing for what is done sooner, and no cursor codes."""
     clock = [0.0]
     monkeypatch.setattr(cli, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(cli.logger, "propagate", True)
-    caplog.set_level("INFO")
     with cli.progress_bar(total=100, desc="Doing", unit="step", initial=20) as bar:
         for _ in range(80):
             clock[0] += 2.5
             bar.update()
-    assert [record.getMessage() for record in caplog.records] == [
+    assert messages_logged == [
         "Doing: step 44 of 100 (0:01:00 so far, 0:02:20 to go)",
         "Doing: step 68 of 100 (0:02:00 so far, 0:01:20 to go)",
         "Doing: step 92 of 100 (0:03:00 so far, 0:00:20 to go)",

@@ -179,7 +179,7 @@ def test_odd_names(place, name, streaming, evaluated, monkeypatch, tmp_path):
 
 @BOTH
 @pytest.mark.parametrize("kind", ["string_view", "large_string", "dictionary"])
-def test_arrow_knows_several_kinds_of_strings(kind, streaming, evaluated, tmp_path):
+def test_arrow_knows_several_kinds_of_strings(kind, streaming, evaluated, prepare, decode, tmp_path):
     """polars writes string_view and pandas' categories are dictionaries."""
     kinds = {"string_view": pa.string_view(), "large_string": pa.large_string()}
     strings = pa.array(TEXTS).dictionary_encode() if kind == "dictionary" else pa.array(TEXTS, kinds[kind])
@@ -192,6 +192,11 @@ def test_arrow_knows_several_kinds_of_strings(kind, streaming, evaluated, tmp_pa
         dataset = datasets.Dataset(pa.table({"text": strings}))
         dataset.save_to_disk(tmp_path / "saved")
         assert evaluated("--dataset_name", tmp_path / "saved", "--eval_split_name", "train", streaming=streaming) == TEXTS
+    if not streaming:  # texts here and there
+        for data in (["--train_file", tmp_path / "data" / "a.parquet"], ["--dataset_name", tmp_path / "saved"]):
+            if data[1].exists():
+                found = prepare(*data, "--line_by_line", "--do_train", "--do_eval", "--validation_split_percentage", 40)
+                assert sorted(decode(found.train) + decode(found.validation)) == sorted(TEXTS)
 
 
 # ---- Directories ---------------------------------------------------------------------------------------------------------
@@ -299,12 +304,12 @@ def test_first_rows_may_be_without_text(first, streaming, evaluated, tmp_path):
 
 @BOTH
 def test_a_column_that_tells_late(streaming, evaluated, tmp_path):
-    """Hundreds of rows without text before the first one, in a column of another name, beside one of numbers and of dates."""
-    rows = [{"day": "2020-01-01", "code": "0012", "body": None}] * 700
-    rows += [{"day": "2020-01-02", "code": "3", "body": text} for text in TEXTS]
+    """Hundreds of rows without text before the first one, in a column of another name, beside dates, numbers and nothing."""
+    rows = [{"day": "2020-01-01", "code": "0012", "note": None, "body": None}] * 700
+    rows += [{"day": "2020-01-02", "code": "3", "note": None, "body": text} for text in TEXTS]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert evaluated("--validation_file", tmp_path / "a.jsonl", streaming=streaming) == TEXTS
-    content = "day,code,body\n" + "".join(f'{row["day"]},{row["code"]},"{row["body"] or ""}"\n' for row in rows)
+    content = "day,code,note,body\n" + "".join(f'{row["day"]},{row["code"]},,"{row["body"] or ""}"\n' for row in rows)
     assert evaluated("--validation_file", write(tmp_path / "a.csv", content), streaming=streaming) == TEXTS
 
 
@@ -414,6 +419,20 @@ def test_splits_of_a_dataset(kind, streaming, prepare, decode, evaluated, refuse
 
 
 @BOTH
+def test_names_of_files_tell_their_splits(streaming, evaluated, prepare, refuses, tmp_path):
+    """In capital letters too; files of one format have to be in one directory."""
+    write(tmp_path / "upper" / "TRAIN.TXT", "train\n")
+    write(tmp_path / "upper" / "VALIDATION.TXT.GZ", "validation\n")
+    assert evaluated("--dataset_name", tmp_path / "upper", streaming=streaming) == ["validation"]
+    write(tmp_path / "mixed" / "train.txt", "train\n")
+    write(tmp_path / "mixed" / "validation.csv", "text\nvalidation\n")
+    with refuses("mixed: cannot be loaded: the splits are of different formats; name their files with --train_file and"):
+        prepare("--dataset_name", tmp_path / "mixed", "--do_eval", streaming=streaming)
+    (tmp_path / "upper" / "circle").symlink_to(tmp_path / "upper")
+    assert evaluated("--dataset_name", tmp_path / "upper", streaming=streaming) == ["validation"]
+
+
+@BOTH
 def test_splits_that_cannot_be_named(streaming, prepare, refuses, corpus, tmp_path):
     for split in ("train", "eval"):
         with refuses(f"--{split}_split_name: names a split of --dataset_name, which is not given"):
@@ -444,7 +463,7 @@ def test_one_text_is_trained_on_whole(streaming, prepare, decode, refuses, log, 
 
 
 @pytest.mark.parametrize("kind", ["Dataset", "DatasetDict"])
-def test_a_saved_dataset_is_left_as_it_is(kind, prepare, decode, run_script, roberta_dir, tmp_path):
+def test_a_saved_dataset_is_left_as_it_is(kind, prepare, decode, tmp_path):
     """Prepared or streamed, before and after each other; it may be read-only, and nothing is written beside it."""
     dataset = datasets.Dataset.from_dict({"text": [f"{text} {n}" for n in range(10) for text in TEXTS]})
     dataset = dataset if kind == "Dataset" else datasets.DatasetDict(train=dataset)

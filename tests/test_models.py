@@ -171,6 +171,17 @@ def test_fields_that_a_class_leaves_out(module, model_type, fields, does, refuse
         make(module, model_name_or_path=str(tmp_path))
 
 
+TINY_LLAMA = "hidden_size=32,num_attention_heads=4,num_hidden_layers=1,intermediate_size=48,vocab_size=512"
+
+
+@pytest.mark.parametrize("field", ["tie_word_embeddings=true", "rope_theta=500000.0", "mlp_bias=true", "head_dim=16"])
+def test_such_fields_end_a_run_before_it_begins(field, gpt2_dir, corpus, error_of, monkeypatch, tmp_path):
+    monkeypatch.setattr(CLM.corpus, "prepare", lambda *args: pytest.fail("the text was looked at"))
+    flags = ["--model_type", "llama", "--tokenizer_name", gpt2_dir, "--train_file", corpus, "--output_dir", tmp_path / "out"]
+    line = error_of(CLM.main, [str(flag) for flag in [*flags, "--config_overrides", f"{TINY_LLAMA},{field}"]])
+    assert f"error: {field}: transformers' Flax class of llama " in line
+
+
 FOLLOWED = [  # values that are what the class computes
     (CLM, "llama", {"rope_theta": 10000}),
     (CLM, "llama", {"rope_scaling": {"rope_type": "default"}}),
@@ -223,6 +234,15 @@ def test_fewer_positions_than_twice_the_head_size(model_type):
         for size in (12, 96)
     )
     np.testing.assert_allclose(short(ids)[0], long(ids, params=short.params)[0], atol=1e-5)
+
+
+def test_training_with_a_short_table(gpt2_dir, corpus, tmp_path):
+    overrides = TINY_LLAMA.replace("num_attention_heads=4", "num_attention_heads=1") + ",max_position_embeddings=16"
+    results = CLM.main(
+        ["--model_type", "llama", "--config_overrides", overrides, "--tokenizer_name", str(gpt2_dir), "--block_size", "16",
+         "--train_file", str(corpus), "--max_steps", "2", "--output_dir", str(tmp_path), "--max_eval_samples", "8"]
+    )  # fmt: skip
+    assert 5 < results["eval_loss"] < 7
 
 
 def test_a_short_table_has_the_numbers_of_a_long_one():

@@ -512,6 +512,12 @@ def test_data_that_cannot_be(flags, pairs, tokenizer, error_of, tmp_path):
     assert "next_sentence_label must be 0 (follows), 1 (random)" in error(wrong, ready)
     wrong = pairs.map(lambda row: {"input_ids": [500] * len(row["input_ids"])})
     assert "has token 500, unknown to the tokenizer" in error(wrong, ready)
+    texts = pairs.remove_columns("input_ids").add_column("input_ids", [str(ids) for ids in pairs["input_ids"]])
+    assert "column input_ids must hold a list of whole numbers in each row" in error(texts, ready)
+    wrong = pairs.map(lambda row: {"next_sentence_label": [1]}, remove_columns="next_sentence_label")
+    assert "column next_sentence_label must hold a whole number in each row" in error(wrong, ready)
+    wrong = pairs.map(lambda row, i: {"next_sentence_label": 1 if i else None}, with_indices=True)
+    assert "column next_sentence_label has rows without a value" in error(wrong, ready)
     one = datasets.Dataset.from_dict({"text": ["One. Two. Three."] * 2})
     assert "the data is one document" in error(one)
 

@@ -73,7 +73,10 @@ def test_room_is_reserved(monkeypatch, tmp_path):
         with open(tmp_path / str(error), "w+b") as file:
             token_rows.reserve(file, 3 * 2**20 + 5)
             assert os.fstat(file.fileno()).st_blocks * 512 >= os.fstat(file.fileno()).st_size == 3 * 2**20 + 5
+    reserved = []
+    monkeypatch.setattr(token_rows, "reserve", lambda file, num_bytes: (reserved.append(num_bytes), file.truncate(num_bytes)))
     rows = token_rows.disk_array((1000, 7), str(tmp_path))
+    assert reserved == [4 * 1000 * 7]
     assert rows.shape == (1000, 7)
     assert not rows.any()
     assert rows.flags.writeable

@@ -118,7 +118,7 @@ def save_random_model(module: ModuleType, config: PretrainedConfig, output_dir: 
     output_dir.mkdir(exist_ok=True)
     config.architectures = [type(model).__name__.removeprefix("Flax")]
     config.save_pretrained(output_dir)
-    module.save_file(weights.pytorch_state_dict(model.params), output_dir / "model.safetensors", metadata={"format": "pt"})
+    weights.save_file(weights.pytorch_state_dict(model.params), output_dir / "model.safetensors", metadata={"format": "pt"})
     return model
 
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights from files, of whichever layout."""
 
+import copy
 import importlib.util
 import json
 import os
 import pickle
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -178,6 +181,29 @@ def test_no_weights_at_all(source, refuses):
     (source / "model.safetensors.index.json").write_text("{}")
     with refuses("its model.safetensors is in several files"):
         weights.check(config, args, script.MODELS)
+
+
+def test_a_tokenizer_in_use_is_saved_as_it_was(byte_level_tokenizer, source, tmp_path):
+    """A stream tokenises, and truncates, in another thread while the model is saved."""
+    tokenizer, started = copy.deepcopy(byte_level_tokenizer), threading.Event()
+
+    def tokenize():
+        with weights.tokenizer_as_loaded(tokenizer):
+            assert len(tokenizer("one two three four five", truncation=True, max_length=4).input_ids) == 4
+            started.set()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=tokenize)
+    thread.start()
+    started.wait()
+    assert tokenizer.backend_tokenizer.truncation is not None
+    config = AutoConfig.from_pretrained(source)
+    model = script.MODELS.auto_class.from_config(config, _do_init=False)
+    (tmp_path / "out").mkdir()
+    params = load_file(source / "model.safetensors")
+    weights.save_model(str(tmp_path / "out"), model, params, tokenizer, save_safetensors=False)
+    thread.join()
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text())["truncation"] is None
 
 
 # ---- Can a model be made? ------------------------------------------------------------------------------------------------
