@@ -137,7 +137,7 @@ class DataTrainingArguments(arguments.DataArguments):
         if path is None:
             return dataset
         try:
-            lines = Path(path).read_text("utf-8").splitlines()
+            lines = Path(path).read_text("utf-8-sig").splitlines()
             references = [json.loads(line) for line in lines if line.strip()]
         except ValueError as error:
             cli.fail(f"{path}: is not one JSON list per line: {cli.first_line(error)}")

@@ -119,8 +119,9 @@ def check_paths(args: arguments.Arguments) -> None:
                 remedy = remedies.get(name, "download it first, and name the local copy")
                 cli.fail(f"--{name} {value}: an address, which is not opened here; {remedy}")
     for name in ("output_dir", "resume_from_checkpoint"):  # orbax looks for its files by patterns
-        path = os.path.abspath(getattr(args.training, name) or "")
-        if set("*?[") & set(path):
+        value = getattr(args.training, name)
+        path = os.path.abspath(value or args.training.output_dir)
+        if value and set("*?[") & set(path):
             cli.fail(f"--{name} {path}: checkpoints cannot be kept under a path with *, ? or [ in it; rename it")
 
 
