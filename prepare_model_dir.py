@@ -57,6 +57,7 @@ from flaxlm import (
     files,
     pretrained,
     randomness,
+    text,
 )
 
 DEFAULT_MIN_FREQUENCY = 2
@@ -209,21 +210,10 @@ def load_sample(args: PrepareArguments) -> TextSample:
 def load_train_split(args: PrepareArguments) -> datasets.Dataset:
     """Load the training split of a dataset of the Hub, or of a local directory."""
     name = args.dataset_name
-    try:
-        if files.is_saved_to_disk(name):
-            loaded = datasets.load_from_disk(name)
-        else:
-            cli.logger.info("Loading dataset %s", name)
-            loaded = datasets.load_dataset(
-                name, args.dataset_config_name, split="train", cache_dir=args.cache_dir, token=args.token
-            )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        cli.fail(f"--dataset_name {name}: cannot be loaded: {cli.first_line(error.__cause__ or error)}")
-    if isinstance(loaded, Mapping):
-        if "train" not in loaded:
-            cli.fail(f"--dataset_name {name}: has no train split, only {', '.join(loaded)}")
-        loaded = loaded["train"]
-    return loaded
+    found = text.find_named_splits(name, args.dataset_config_name, cache_dir=args.cache_dir, token=args.token)
+    if "train" not in found:
+        cli.fail(f"--dataset_name {name}: has no train split, only {', '.join(found)}")
+    return text.load_source(found["train"], args.cache_dir)
 
 
 # ---- Model types: yours to extend ----------------------------------------------------------------------------------------

@@ -492,7 +492,8 @@ MISTAKES = {
     "no text": ([*ROBERTA, "--train_file", "blank.txt"], "--train_file blank.txt: has no text"),
     "no text in a dataset": ([*ROBERTA, "--dataset_name", "blanks"], "--dataset_name blanks: has no text"),
     "no train split": ([*ROBERTA, "--dataset_name", "only_test"], "--dataset_name only_test: has no train split"),
-    "dataset broken": ([*ROBERTA, "--dataset_name", "broken"], "--dataset_name broken: cannot be loaded"),
+    "dataset broken": ([*ROBERTA, "--dataset_name", "broken"], "train.csv: is empty or cannot be read as csv: row 1 opens"),
+    "surplus fields in a dataset": ([*ROBERTA, "--dataset_name", "surplus"], "cannot be read as csv: row 1 (line 2) has 2 fields"),
     "dataset unreachable": ([*ROBERTA, "--dataset_name", "nobody/none"], "--dataset_name nobody/none: cannot be loaded"),
     "dataset part alone": ([*ROBERTA, *TEXT, "--dataset_config_name", "x"], "--dataset_config_name"),
     "no type": (TEXT, "--model_type (roberta, bert, gpt2, bart, t5, mt5) or --config_name"),
@@ -589,6 +590,7 @@ def playground(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     files = {"text.txt": "some text\n", "text.doc": "text", "empty.txt": "", "blank.txt": " \n\n\t\n"}
     files |= {"broken.csv": 'a,b\n"1,2\n', "blanks/train.txt": "\n \n", "broken/train.csv": 'a,b\n"1,2\n'}
+    files["surplus/train.csv"] = "text\nHello, how are you\n"
     files |= {"numbers.csv": "a,b\n1,2\n", "list.json": "[]", "flag.json": '{"vocabulary": 9}'}
     files |= {f"{name}/config.json": json.dumps({"model_type": name}) for name in ("bert", "llama")}
     files |= {"list/config.json": "[]", "cut/config.json": '{"model_type": "be'}
