@@ -493,7 +493,7 @@ MISTAKES = {
     "no text in a dataset": ([*ROBERTA, "--dataset_name", "blanks"], "--dataset_name blanks: has no text"),
     "no train split": ([*ROBERTA, "--dataset_name", "only_test"], "--dataset_name only_test: has no train split"),
     "dataset broken": ([*ROBERTA, "--dataset_name", "broken"], "train.csv: is empty or cannot be read as csv: row 1 opens"),
-    "surplus fields in a dataset": ([*ROBERTA, "--dataset_name", "surplus"], "cannot be read as csv: row 1 (line 2) has 2 fields"),
+    "surplus fields in a dataset": ([*ROBERTA, "--dataset_name", "surplus"], "read as csv: row 1 (line 2) has 2 fields"),
     "dataset unreachable": ([*ROBERTA, "--dataset_name", "nobody/none"], "--dataset_name nobody/none: cannot be loaded"),
     "dataset part alone": ([*ROBERTA, *TEXT, "--dataset_config_name", "x"], "--dataset_config_name"),
     "no type": (TEXT, "--model_type (roberta, bert, gpt2, bart, t5, mt5) or --config_name"),
