@@ -36,23 +36,12 @@ except ImportError:
     raise SystemExit(2) from None
 flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from transformers import (
-    FLAX_MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    BartConfig,
-    BlenderbotConfig,
-    BlenderbotSmallConfig,
-    FlaxAutoModelForSeq2SeqLM,
-    FlaxPreTrainedModel,
-    MarianConfig,
-    MBartConfig,
-    PegasusConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from flaxlm import (
     arguments,
@@ -64,7 +53,6 @@ from flaxlm import (
     hub,
     logs,
     optimizers,
-    patches,
     pretrained,
     processes,
     randomness,
@@ -219,8 +207,8 @@ class Collator:
             is_real_N: bool [N]; rows that only fill up a batch are False and get no label.
 
         Returns:
-            input_ids, attention_mask, decoder_input_ids, labels int32 and label_weights float32, all [N, T]. Every token
-            of a row is a label, those at its ends too; padding is none.
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, labels int32 and label_weights float32,
+            all [N, T]. Every token of a row is a label, those at its ends too; padding is none.
         """
         in_row_NT = rows["input_ids"] >= 0
         labels_NT = np.where(in_row_NT, rows["input_ids"], self.pad_token_id).astype(np.int32)
@@ -241,6 +229,7 @@ class Collator:
             "input_ids": input_ids_NT,
             "attention_mask": (np.arange(T) < noised_length_N[:, None]).astype(np.int32),
             "decoder_input_ids": decoder_input_ids_NT,
+            "decoder_attention_mask": np.ones_like(labels_NT),
             "labels": labels_NT,
             "label_weights": (in_row_NT & is_real_N[:, None]).astype(np.float32),
         }
@@ -368,16 +357,11 @@ def choose(uniforms_NT: np.ndarray, num_items_N: np.ndarray, num_chosen_N: np.nd
 # ---- Loss ----------------------------------------------------------------------------------------------------------------
 
 
-# BART, and the families that are built and called like it.
-BART_CLASSES = {
-    config: FLAX_MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[config]
-    for config in (BartConfig, MBartConfig, BlenderbotConfig, BlenderbotSmallConfig, MarianConfig, PegasusConfig)
-}
-MODELS = arguments.ModelClasses(FlaxAutoModelForSeq2SeqLM, BART_CLASSES)
+MODELS = models.DENOISING
 
 
 def loss_fn(
-    params, batch: Mapping[str, jax.Array], dropout_rng: jax.Array, model: FlaxPreTrainedModel, train: bool
+    params, batch: Mapping[str, jax.Array], model: nn.Module, rngs: Mapping[str, jax.Array] | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sum of the cross-entropies of all tokens of one device's rows as they were before the noise, in float32.
 
@@ -385,11 +369,10 @@ def loss_fn(
         The sum, and {"weight": number of labels, "correct": labels that score highest}; all scalars, to be summed over
         micro-batches and devices before the division.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
-    weights_BT, bias_V = batch["label_weights"], params["final_logits_bias"].reshape(-1)  # the class adds it after its head
-    with patches.FusedHead(batch["labels"], weights_BT, model.config.vocab_size, bias_V) as head:
-        model(**inputs, params=params, dropout_rng=dropout_rng, train=train)
-    loss, correct = head.sums
+    inputs = batch["input_ids"], batch["attention_mask"], batch["decoder_input_ids"], batch["decoder_attention_mask"]
+    hidden_BTH = model.apply({"params": params}, *inputs, rngs=rngs)
+    weights_BT = batch["label_weights"]
+    loss, correct = losses.fused_cross_entropy(model, params, hidden_BTH, batch["labels"], weights_BT)
     return loss, {"weight": weights_BT.sum(), "correct": correct}
 
 
@@ -422,8 +405,8 @@ def train_step(
     def add_micro_batch(sums, indexed_micro_batch):
         index, micro_batch = indexed_micro_batch
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        with patches.fast_layers():
-            (loss, aux), grads = grad_fn(state.params, micro_batch, jax.random.fold_in(device_rng, index), train=True)
+        rngs = {"dropout": jax.random.fold_in(device_rng, index)}
+        (loss, aux), grads = grad_fn(state.params, micro_batch, rngs=rngs)
         return jax.tree.map(jnp.add, sums, (loss, aux["weight"], grads)), None
 
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
@@ -445,7 +428,7 @@ def train_step(
 def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict[str, jax.Array]:
     """Sums over the labels of one batch: loss, weight, correct; and "stop", above 0 if a process was told to stop."""
     rows = {name: array for name, array in batch.items() if name != "stop"}
-    loss, aux = loss_fn(params, rows, None, train=False)
+    loss, aux = loss_fn(params, rows)
     return jax.lax.psum({"loss": loss, **aux, "stop": batch["stop"].max()}, "data")
 
 
@@ -464,7 +447,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with processes.main_first():
         config = pretrained.load_config(model_args, MODELS)
         tokenizer = pretrained.load_tokenizer(model_args)
-    patches.check_attention(training_args.attention_implementation, config, MODELS)
     pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
     row_length = pretrained.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
@@ -476,11 +458,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # Sizes, weights, optimizer, and two programs over all devices, which are compiled when they are first called.
     plan = batches.make_plan(training_args, data.num_train_rows, collator.row_length)
     mesh = sharding.make_mesh()
-    model, params = weights.load_model(config, args, MODELS, mesh)
+    model = models.build(config, args, MODELS)
+    params = weights.load(model, args, mesh)
     logs.log_plan(plan, data, collator.row_length, params)
     logs.advise_on_cpu(model_args.dtype)
     model_loss_fn = functools.partial(loss_fn, model=model)
-    model_loss_fn = patches.attention(training_args.attention_implementation, model)(model_loss_fn)
     learning_rate_fn = optimizers.make_learning_rate(training_args, plan)
     optimizer = optimizers.make_optimizer(training_args, learning_rate_fn)
     step_fn = functools.partial(train_step, loss_fn=model_loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)

@@ -35,17 +35,12 @@ except ImportError:
     raise SystemExit(2) from None
 flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from transformers import (
-    FLAX_MODEL_FOR_CAUSAL_LM_MAPPING,
-    FlaxAutoModelForCausalLM,
-    FlaxPreTrainedModel,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from flaxlm import (
     arguments,
@@ -57,8 +52,8 @@ from flaxlm import (
     hub,
     logs,
     losses,
+    models,
     optimizers,
-    patches,
     pretrained,
     processes,
     randomness,
@@ -183,29 +178,21 @@ class Collator:
 # ---- Loss ----------------------------------------------------------------------------------------------------------------
 
 
-MODELS = arguments.ModelClasses(FlaxAutoModelForCausalLM, FLAX_MODEL_FOR_CAUSAL_LM_MAPPING)
+MODELS = models.CAUSAL
 
 
 def loss_fn(
-    params, batch: Mapping[str, jax.Array], dropout_rng: jax.Array, model: FlaxPreTrainedModel, train: bool
+    params, batch: Mapping[str, jax.Array], model: nn.Module, rngs: Mapping[str, jax.Array] | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Sum of the cross-entropies of the next tokens of one device's rows, in float32.
+    """Sum of the cross-entropies of the next tokens of one device's rows, in float32; with dropout if there are `rngs`.
 
     Returns:
         The sum, and {"weight": number of labels, "correct": labels that score highest}; all scalars, to be summed over
         micro-batches and devices before the division.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if model.config.model_type == "electra":
-        inputs["token_type_ids"] = jnp.zeros_like(inputs["input_ids"])  # as in PyTorch; the Flax class would take ones
-    labels_BT, weights_BT = batch["labels"], batch["label_weights"]
-    with patches.FusedHead(labels_BT, weights_BT, model.config.vocab_size) as head:
-        mode = {"deterministic": not train} if model.config.model_type == "opt" else {"train": train}
-        logits_BTV = model(**inputs, params=params, dropout_rng=dropout_rng, **mode)[0]
-    if head.sums is None:
-        cli.log_once("The vocabulary head of %s is not known here: its step takes more memory.", type(model).__name__)
-        head.sums = losses.cross_entropy(lambda _, logits: logits.astype(jnp.float32), None, logits_BTV, labels_BT, weights_BT)
-    loss, correct = head.sums
+    hidden_BTH = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"], rngs=rngs)
+    weights_BT = batch["label_weights"]
+    loss, correct = losses.fused_cross_entropy(model, params, hidden_BTH, batch["labels"], weights_BT)
     return loss, {"weight": weights_BT.sum(), "correct": correct}
 
 
@@ -238,8 +225,8 @@ def train_step(
     def add_micro_batch(sums, indexed_micro_batch):
         index, micro_batch = indexed_micro_batch
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        with patches.fast_layers():
-            (loss, aux), grads = grad_fn(state.params, micro_batch, jax.random.fold_in(device_rng, index), train=True)
+        rngs = {"dropout": jax.random.fold_in(device_rng, index)}
+        (loss, aux), grads = grad_fn(state.params, micro_batch, rngs=rngs)
         return jax.tree.map(jnp.add, sums, (loss, aux["weight"], grads)), None
 
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
@@ -261,7 +248,7 @@ def train_step(
 def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict[str, jax.Array]:
     """Sums over the labels of one batch: loss, weight, correct; and "stop", above 0 if a process was told to stop."""
     rows = {name: array for name, array in batch.items() if name != "stop"}
-    loss, aux = loss_fn(params, rows, None, train=False)
+    loss, aux = loss_fn(params, rows)
     return jax.lax.psum({"loss": loss, **aux, "stop": batch["stop"].max()}, "data")
 
 
@@ -280,7 +267,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with processes.main_first():
         config = pretrained.load_config(model_args, MODELS)
         tokenizer = pretrained.load_tokenizer(model_args)
-    patches.check_attention(training_args.attention_implementation, config, MODELS)
     pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
     row_length = pretrained.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
@@ -292,11 +278,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # Sizes, weights, optimizer, and two programs over all devices, which are compiled when they are first called.
     plan = batches.make_plan(training_args, data.num_train_rows, collator.row_length)
     mesh = sharding.make_mesh()
-    model, params = weights.load_model(config, args, MODELS, mesh)
+    model = models.build(config, args, MODELS)
+    params = weights.load(model, args, mesh)
     logs.log_plan(plan, data, collator.row_length, params)
     logs.advise_on_cpu(model_args.dtype)
     model_loss_fn = functools.partial(loss_fn, model=model)
-    model_loss_fn = patches.attention(training_args.attention_implementation, model)(model_loss_fn)
     learning_rate_fn = optimizers.make_learning_rate(training_args, plan)
     optimizer = optimizers.make_optimizer(training_args, learning_rate_fn)
     step_fn = functools.partial(train_step, loss_fn=model_loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)
