@@ -58,6 +58,7 @@ from flaxlm import (
     batches,
     cli,
     command_line,
+    configurations,
     corpus,
     evaluation,
     hub,
@@ -65,13 +66,13 @@ from flaxlm import (
     losses,
     optimizers,
     patches,
-    pretrained,
     processes,
     randomness,
     runs,
     sentences,
     sharding,
     token_rows,
+    tokenization,
     weights,
 )
 
@@ -140,7 +141,7 @@ class DataTrainingArguments(arguments.DataArguments):
 
     def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
         """Rows must fit the attention."""
-        pretrained.fit_sparse_attention(config, row_length, self.pad_to_max_length)
+        tokenization.fit_sparse_attention(config, row_length, self.pad_to_max_length)
 
     def text_loader_options(self) -> dict[str, Any]:
         """Documents are divided by blank lines."""
@@ -258,7 +259,7 @@ def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase,
     if not texts_of_sentences:
         return []
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-    with weights.tokenizer_as_loaded(tokenizer):
+    with tokenization.tokenizer_as_loaded(tokenizer):
         tokens = iter(tokenizer(texts_of_sentences, **options)["input_ids"])
     documents = []
     for size in sizes:
@@ -548,11 +549,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Text to rows of tokens. With one process nothing here touches a device, so that it can still be forked.
     with processes.main_first():
-        config = pretrained.load_config(model_args, MODELS)
-        tokenizer = pretrained.load_tokenizer(model_args)
+        config = configurations.load_config(model_args, MODELS)
+        tokenizer = tokenization.load_tokenizer(model_args)
     patches.check_attention(training_args.attention_implementation, config, MODELS)
-    pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
-    row_length = pretrained.choose_row_length(data_args, config, tokenizer)
+    tokenization.match_config_and_tokenizer(config, tokenizer, model_args)
+    row_length = tokenization.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
     weights.check(config, args, MODELS)
     collator = Collator(tokenizer, config, data_args, row_length)

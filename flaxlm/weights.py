@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of a model: fresh or from a file, in Flax's or in PyTorch's layout; and saving the whole model in both."""
 
-import contextlib
 import copy
 import importlib.util
 import logging
@@ -10,8 +9,7 @@ import pickle
 import re
 import shutil
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -24,7 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import FlaxPreTrainedModel, PretrainedConfig, PreTrainedTokenizerBase
 
-from flaxlm import arguments, cli, patches, randomness, sharding
+from flaxlm import arguments, cli, patches, randomness, sharding, tokenization
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +198,7 @@ def save_model(
 ) -> None:
     """Write configuration, tokenizer and weights (NumPy arrays); each file appears whole or not at all."""
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as staging:
-        with TOKENIZER_IN_USE:
+        with tokenization.TOKENIZER_IN_USE:
             tokenizer.save_pretrained(staging)
         model.save_pretrained(staging, params=params)
         if save_safetensors:
@@ -209,26 +207,6 @@ def save_model(
             shutil.copymode(os.path.join(staging, "config.json"), path)  # safetensors keeps others from reading it
         for name in sorted(os.listdir(staging)):
             os.replace(os.path.join(staging, name), os.path.join(output_dir, name))
-
-
-@contextlib.contextmanager
-def tokenizer_as_loaded(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Within this context calls may truncate or not: a Rust tokenizer remembers the last one, and would be saved with that.
-
-    Its fingerprint would change too, so that what was tokenised with it would not be found again in the cache.
-    """
-    rust = getattr(tokenizer, "backend_tokenizer", None)
-    with TOKENIZER_IN_USE:
-        truncation, padding = (rust.truncation, rust.padding) if rust else (None, None)
-        try:
-            yield
-        finally:
-            if rust:
-                rust.enable_truncation(**truncation) if truncation else rust.no_truncation()
-                rust.enable_padding(**padding) if padding else rust.no_padding()
-
-
-TOKENIZER_IN_USE = threading.RLock()  # a stream tokenises in a thread of its own while the model is saved
 
 
 def pytorch_state_dict(params) -> dict[str, np.ndarray]:
