@@ -54,8 +54,8 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from flaxlm import (
     arguments,
     cli,
+    configurations,
     files,
-    pretrained,
     randomness,
     text,
 )
@@ -346,19 +346,19 @@ FAMILIES = {
 
 def load_base_config(args: PrepareArguments) -> PretrainedConfig:
     """The configuration to start from, with `config_overrides` applied and checked."""
-    origin = pretrained.Origin(f"--config_name {args.config_name}: config.json")
+    origin = configurations.Origin(f"--config_name {args.config_name}: config.json")
     if args.config_name is None:
         config = CONFIG_MAPPING[args.model_type](**FAMILIES[args.model_type].config)
     else:
-        config = pretrained.read_config(args.config_name, "--config_name", cache_dir=args.cache_dir, token=args.token)
+        config = configurations.read_config(args.config_name, "--config_name", cache_dir=args.cache_dir, token=args.token)
         if config.model_type not in FAMILIES:
             cli.fail(f"--config_name {args.config_name}: type {config.model_type} is not supported, only {', '.join(FAMILIES)}")
         if args.model_type not in (None, config.model_type):
             cli.fail(f"--model_type {args.model_type}: but --config_name {args.config_name} is of type {config.model_type}")
-        pretrained.check_values(config.to_dict(), type(config), origin)
+        configurations.check_values(config.to_dict(), type(config), origin)
     if args.config_overrides:
-        origin = origin._replace(overrides=pretrained.apply_config_overrides(config, args.config_overrides))
-    pretrained.check_sizes(config, origin)
+        origin = origin._replace(overrides=configurations.apply_config_overrides(config, args.config_overrides))
+    configurations.check_sizes(config, origin)
     for name in sorted(origin.overrides):
         if name.endswith("_token_id"):
             cli.fail(f"--config_overrides {name}: follows from the tokenizer and cannot be set")
@@ -410,7 +410,9 @@ def fit_to_each_other(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFa
     for config_name, tokenizer_name in (ids | FAMILIES[config.model_type].config_ids).items():
         setattr(config, config_name, getattr(tokenizer, tokenizer_name))
     config.architectures = None  # the training script decides
-    tokenizer.model_max_length = pretrained.max_positions(config) or VERY_LARGE_INTEGER  # T5 has relative positions: no limit
+    tokenizer.model_max_length = (
+        configurations.max_positions(config) or VERY_LARGE_INTEGER
+    )  # T5 has relative positions: no limit
 
 
 # Files by which AutoTokenizer or a model would take on traits of what was in the directory before.
@@ -438,7 +440,7 @@ def log_result(
     args: PrepareArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, asked: int, written: list[str]
 ) -> None:
     """Say what was made, and how to go on."""
-    limit = pretrained.max_positions(config)
+    limit = configurations.max_positions(config)
     cli.logger.info(
         "Vocabulary: %d entries of %d asked for, %d embeddings; rows of %s",
         len(tokenizer), asked, config.vocab_size, "any length" if limit is None else f"up to {limit} tokens",

@@ -48,17 +48,18 @@ from flaxlm import (
     batches,
     cli,
     command_line,
+    configurations,
     corpus,
     evaluation,
     hub,
     logs,
     optimizers,
-    pretrained,
     processes,
     randomness,
     runs,
     sentences,
     sharding,
+    tokenization,
     weights,
 )
 
@@ -131,7 +132,7 @@ def tokenize_texts(
     texts = [text for text in batch[text_column] if text and not text.isspace()]
     if not texts:
         return {"input_ids": [], "sentence_starts": []}
-    with weights.tokenizer_as_loaded(tokenizer):
+    with tokenization.tokenizer_as_loaded(tokenizer):
         encoding = tokenizer(
             texts,
             return_attention_mask=False,
@@ -445,10 +446,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Text to rows of tokens. With one process nothing here touches a device, so that it can still be forked.
     with processes.main_first():
-        config = pretrained.load_config(model_args, MODELS)
-        tokenizer = pretrained.load_tokenizer(model_args)
-    pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
-    row_length = pretrained.choose_row_length(data_args, config, tokenizer)
+        config = configurations.load_config(model_args, MODELS)
+        tokenizer = tokenization.load_tokenizer(model_args)
+    tokenization.match_config_and_tokenizer(config, tokenizer, model_args)
+    row_length = tokenization.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
     weights.check(config, args, MODELS)
     collator = Collator(tokenizer, config, data_args, row_length)

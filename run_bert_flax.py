@@ -49,8 +49,8 @@ from transformers import (
 from flaxlm import (
     arguments,
     cli,
+    configurations,
     patches,
-    pretrained,
     randomness,
     weights,
 )
@@ -124,7 +124,7 @@ def load_encoder(args: TimingArguments) -> tuple[type[FlaxPreTrainedModel], Pret
     source, options = args.model_name_or_path, {"cache_dir": args.cache_dir}
     has_weights = not os.path.isdir(source) or any(name.endswith(WEIGHT_SUFFIXES) for name in os.listdir(source))
     try:
-        config = pretrained.read_config(source, "--model_name_or_path", **options)
+        config = configurations.read_config(source, "--model_name_or_path", **options)
     except cli.Mistake as mistake:
         if not may_be_replaced(source, str(mistake)):
             raise
@@ -158,11 +158,11 @@ def fit_config(config: PretrainedConfig, args: TimingArguments) -> None:
     """Apply the flags to the configuration and refuse what the model cannot do, before its weights are loaded."""
     if config.model_type not in (supported := encoder_types()):
         cli.fail(f"--model_name_or_path: {config.model_type} is no Flax encoder of text; supported are {', '.join(supported)}")
-    origin = pretrained.Origin(f"--model_name_or_path {args.model_name_or_path}: config.json")
-    pretrained.check_values(config.to_dict(), type(config), origin)
-    pretrained.check_sizes(config, origin)
+    origin = configurations.Origin(f"--model_name_or_path {args.model_name_or_path}: config.json")
+    configurations.check_values(config.to_dict(), type(config), origin)
+    configurations.check_sizes(config, origin)
     patches.check_fields(config, FLAX_MODEL_MAPPING[type(config)])
-    limit = pretrained.max_positions(config)
+    limit = configurations.max_positions(config)
     if limit is not None and args.seq_length > limit:
         cli.fail(f"--seq_length {args.seq_length}: the model has positions for {limit} tokens")
     if args.hidden_act and not hasattr(config, "hidden_act"):

@@ -47,6 +47,7 @@ from flaxlm import (
     batches,
     cli,
     command_line,
+    configurations,
     corpus,
     evaluation,
     hub,
@@ -54,11 +55,11 @@ from flaxlm import (
     losses,
     models,
     optimizers,
-    pretrained,
     processes,
     randomness,
     runs,
     sharding,
+    tokenization,
     weights,
 )
 
@@ -113,7 +114,7 @@ def tokenize_texts(
     texts = [text for text in batch[text_column] if text]
     if not texts:
         return {"input_ids": []}
-    with weights.tokenizer_as_loaded(tokenizer):
+    with tokenization.tokenizer_as_loaded(tokenizer):
         input_ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
     if append_eos_token:
         eos = tokenizer.eos_token_id
@@ -265,10 +266,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Text to rows of tokens. With one process nothing here touches a device, so that it can still be forked.
     with processes.main_first():
-        config = pretrained.load_config(model_args, MODELS)
-        tokenizer = pretrained.load_tokenizer(model_args)
-    pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
-    row_length = pretrained.choose_row_length(data_args, config, tokenizer)
+        config = configurations.load_config(model_args, MODELS)
+        tokenizer = tokenization.load_tokenizer(model_args)
+    tokenization.match_config_and_tokenizer(config, tokenizer, model_args)
+    row_length = tokenization.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
     weights.check(config, args, MODELS)
     collator = Collator(tokenizer, config, data_args, row_length)

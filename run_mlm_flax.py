@@ -51,6 +51,7 @@ from flaxlm import (
     batches,
     cli,
     command_line,
+    configurations,
     corpus,
     evaluation,
     files,
@@ -59,11 +60,11 @@ from flaxlm import (
     losses,
     models,
     optimizers,
-    pretrained,
     processes,
     randomness,
     runs,
     sharding,
+    tokenization,
     weights,
 )
 
@@ -124,7 +125,7 @@ class DataTrainingArguments(arguments.DataArguments):
         """Rows must fit BigBird's attention, and RoFormer's configuration the Flax class."""
         if config.model_type == "roformer":
             config.embedding_size = config.hidden_size  # the class has embeddings of no other size, whatever this says
-        pretrained.fit_sparse_attention(config, row_length, self.pad_to_max_length or not self.line_by_line)
+        tokenization.fit_sparse_attention(config, row_length, self.pad_to_max_length or not self.line_by_line)
 
     def add_columns(self, dataset: datasets.Dataset, split: str) -> datasets.Dataset:
         """Add the word references of a file, one JSON list for every row, or for every row that is not blank."""
@@ -167,7 +168,7 @@ def tokenize_texts(
     texts = [batch[text_column][i] for i in keep]
     if not texts:
         return {"input_ids": [], **({"word_starts": []} if with_word_starts else {})}
-    with weights.tokenizer_as_loaded(tokenizer):
+    with tokenization.tokenizer_as_loaded(tokenizer):
         encoding = tokenizer(
             texts,
             truncation=max_length is not None,
@@ -445,10 +446,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Text to rows of tokens. With one process nothing here touches a device, so that it can still be forked.
     with processes.main_first():
-        config = pretrained.load_config(model_args, MODELS)
-        tokenizer = pretrained.load_tokenizer(model_args)
-    pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
-    row_length = pretrained.choose_row_length(data_args, config, tokenizer)
+        config = configurations.load_config(model_args, MODELS)
+        tokenizer = tokenization.load_tokenizer(model_args)
+    tokenization.match_config_and_tokenizer(config, tokenizer, model_args)
+    row_length = tokenization.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
     weights.check(config, args, MODELS)
     collator = Collator(tokenizer, config, data_args, row_length)

@@ -51,6 +51,7 @@ from flaxlm import (
     batches,
     cli,
     command_line,
+    configurations,
     corpus,
     evaluation,
     hub,
@@ -58,13 +59,13 @@ from flaxlm import (
     losses,
     models,
     optimizers,
-    pretrained,
     processes,
     randomness,
     runs,
     sentences,
     sharding,
     token_rows,
+    tokenization,
     weights,
 )
 
@@ -133,7 +134,7 @@ class DataTrainingArguments(arguments.DataArguments):
 
     def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
         """Rows must fit the attention."""
-        pretrained.fit_sparse_attention(config, row_length, self.pad_to_max_length)
+        tokenization.fit_sparse_attention(config, row_length, self.pad_to_max_length)
 
     def text_loader_options(self) -> dict[str, Any]:
         """Documents are divided by blank lines."""
@@ -251,7 +252,7 @@ def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase,
     if not texts_of_sentences:
         return []
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-    with weights.tokenizer_as_loaded(tokenizer):
+    with tokenization.tokenizer_as_loaded(tokenizer):
         tokens = iter(tokenizer(texts_of_sentences, **options)["input_ids"])
     documents = []
     for size in sizes:
@@ -538,10 +539,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Text to rows of tokens. With one process nothing here touches a device, so that it can still be forked.
     with processes.main_first():
-        config = pretrained.load_config(model_args, MODELS)
-        tokenizer = pretrained.load_tokenizer(model_args)
-    pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
-    row_length = pretrained.choose_row_length(data_args, config, tokenizer)
+        config = configurations.load_config(model_args, MODELS)
+        tokenizer = tokenization.load_tokenizer(model_args)
+    tokenization.match_config_and_tokenizer(config, tokenizer, model_args)
+    row_length = tokenization.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
     weights.check(config, args, MODELS)
     collator = Collator(tokenizer, config, data_args, row_length)

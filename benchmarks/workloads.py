@@ -26,7 +26,7 @@ from transformers import (
     T5Config,
 )
 
-from flaxlm import arguments, batches, command_line, files, optimizers, pretrained, sharding, token_rows
+from flaxlm import arguments, batches, command_line, files, optimizers, sharding, token_rows, tokenization
 from flaxlm.token_rows import Collator, TokenRows
 from quickstart.python_docs_corpus import documents, standard_library_files
 
@@ -172,8 +172,8 @@ def set_up(options: argparse.Namespace) -> Setup:
     argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     args = command_line.parse([*argv, "--do_train"], script.DataTrainingArguments, script.MODELS, None)
     tokenizer = make_tokenizer(text_file)
-    pretrained.match_config_and_tokenizer(config, tokenizer, args.model)
-    row_length = pretrained.choose_row_length(args.data, config, tokenizer)
+    tokenization.match_config_and_tokenizer(config, tokenizer, args.model)
+    row_length = tokenization.choose_row_length(args.data, config, tokenizer)
     args.data.adapt_config(config, row_length)
     collator = script.Collator(tokenizer, config, args.data, row_length)
     rows = prepare_rows(script, text_file, tokenizer, collator, args.data, args.model.cache_dir)

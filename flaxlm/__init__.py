@@ -13,7 +13,8 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     outputs      what lies in output_dir, and whose it is
     command_line  the command line of a training script, read and checked
     sharding     mesh, compiled steps, the state they update
-    pretrained   configuration and tokenizer
+    configurations  loading, changing and checking them
+    tokenization    loading tokenizers, fitting a configuration to one
     layers       products, sums and dropout that are fast
     attention    attention without an array of [batch, heads, queries, keys]
     losses       cross-entropy over a vocabulary

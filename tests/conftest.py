@@ -51,7 +51,6 @@ from transformers import (
     T5TokenizerFast,
 )
 
-import run_mlm_flax
 from flaxlm import cli, token_rows
 from quickstart.python_docs_corpus import paragraphs
 from t5_tokenizer_model import SentencePieceUnigramTokenizer
@@ -261,6 +260,8 @@ def rows_of(module: ModuleType, tokenizer, collator, data_args, dataset: dataset
 
 def run(output_dir, model_dir, *flags, **kwargs) -> dict:
     """main() with a model directory; flags as on the command line."""
+    import run_mlm_flax  # not for tests that train nothing: it takes seconds
+
     base = ["--config_name", model_dir, "--tokenizer_name", model_dir, "--output_dir", output_dir, "--max_seq_length", 32]
     return run_mlm_flax.main([str(flag) for flag in [*base, *flags]])
 

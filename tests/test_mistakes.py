@@ -8,7 +8,7 @@ import pytest
 from transformers import BertConfig, BigBirdConfig, RobertaConfig
 
 import run_mlm_flax as script
-from flaxlm import pretrained
+from flaxlm import configurations
 from tests.conftest import TINY
 
 
@@ -191,7 +191,7 @@ def test_rows_that_do_not_fit_sparse_attention(mistake, flags, row_flags, expect
 def test_rows_too_short_for_sparse_attention(monkeypatch):
     """Full attention, as PyTorch gives them, and a line that says so."""
     messages = []
-    monkeypatch.setattr(pretrained.logger, "info", lambda message, *args: messages.append(message % args))
+    monkeypatch.setattr(configurations.logger, "info", lambda message, *args: messages.append(message % args))
     config = BigBirdConfig(block_size=4, num_random_blocks=1)
     for row_length, attention_type in ((32, "block_sparse"), (28, "original_full"), (27, "original_full")):
         script.DataTrainingArguments().adapt_config(config, row_length)

@@ -17,7 +17,7 @@ import run_clm_flax
 import run_mlm_flax
 import run_pretraining_flax
 import run_t5_mlm_flax
-from flaxlm import arguments, cli, patches, pretrained, weights
+from flaxlm import arguments, cli, configurations, patches, weights
 from tests.test_torch import NOT_IN_FLAX, SIZES, assert_same_scores, load_in_pytorch, make_inputs
 
 MODULES = MLM, CLM, T5, BART, NSP = run_mlm_flax, run_clm_flax, run_t5_mlm_flax, run_bart_dlm_flax, run_pretraining_flax
@@ -28,7 +28,7 @@ def make(module: ModuleType, row_length: int = 32, **model_args) -> PretrainedCo
     """What main() does with a configuration before it looks at the text."""
     training_args = arguments.TrainingArguments(output_dir="out")
     args = arguments.Arguments(arguments.ModelArguments(**model_args), module.DataTrainingArguments(), training_args)
-    config = pretrained.load_config(args.model, module.MODELS)
+    config = configurations.load_config(args.model, module.MODELS)
     args.data.adapt_config(config, row_length)
     weights.check(config, args, module.MODELS)
     return config
@@ -309,8 +309,8 @@ def other_value(name: str, value):
     """Another value that the field may have; None if there is none that tells."""
     if name == "position_embedding_type":
         return "relative_key"
-    if name in pretrained.CHOICES and isinstance(value, str):
-        return "silu" if name in pretrained.ACTIVATION_FIELDS else None  # the others are what rows ask for
+    if name in configurations.CHOICES and isinstance(value, str):
+        return "silu" if name in configurations.ACTIVATION_FIELDS else None  # the others are what rows ask for
     if name == "hidden_activation":
         return "silu"
     if name == "rope_scaling":
@@ -345,8 +345,8 @@ def test_no_field_is_left_out_without_a_word(module, config_class, tmp_path):
 
 
 def check_one(module: ModuleType, config: PretrainedConfig) -> PretrainedConfig:
-    pretrained.check_values(config.to_dict(), type(config), pretrained.Origin("it"))
-    pretrained.check_sizes(config, pretrained.Origin("it"))
+    configurations.check_values(config.to_dict(), type(config), configurations.Origin("it"))
+    configurations.check_sizes(config, configurations.Origin("it"))
     data_args = module.DataTrainingArguments()
     data_args.pad_to_max_length = True
     data_args.adapt_config(config, LENGTH)

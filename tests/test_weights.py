@@ -22,7 +22,7 @@ import run_bart_dlm_flax
 import run_clm_flax
 import run_mlm_flax as script
 import run_t5_mlm_flax
-from flaxlm import arguments, sharding, weights
+from flaxlm import arguments, sharding, tokenization, weights
 from tests.conftest import ROOT, TINY
 
 
@@ -188,7 +188,7 @@ def test_a_tokenizer_in_use_is_saved_as_it_was(byte_level_tokenizer, source, tmp
     tokenizer, started = copy.deepcopy(byte_level_tokenizer), threading.Event()
 
     def tokenize():
-        with weights.tokenizer_as_loaded(tokenizer):
+        with tokenization.tokenizer_as_loaded(tokenizer):
             assert len(tokenizer("one two three four five", truncation=True, max_length=4).input_ids) == 4
             started.set()
             time.sleep(0.3)
@@ -242,7 +242,7 @@ def test_checking_touches_no_device(run_script, tmp_path):
     """So that the process can still be forked, to tokenise."""
     (tmp_path / "check.py").write_text(
         """from jax._src import xla_bridge
-from flaxlm import arguments, weights
+from flaxlm import arguments, tokenization, weights
 import run_clm_flax
 from transformers import LlamaConfig, GPT2Config
 training_args = arguments.TrainingArguments(output_dir="out")

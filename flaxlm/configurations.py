@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration and tokenizer: loading them, changing fields, fitting one to the other, and how long rows may be."""
+"""Configurations: loading them, changing fields and what follows from these, and whether a model can be made of one."""
 
-import importlib.util
 import itertools
 import json
 import logging
@@ -12,8 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import tokenizers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from flaxlm import arguments, cli
 
@@ -172,8 +170,8 @@ def update_derived_fields(config: PretrainedConfig, before: Mapping[str, Any], c
         config.num_hidden_layers = config.encoder_layers
     if "feed_forward_proj" in changed:  # T5
         name = config.feed_forward_proj.removeprefix("gated-")
-        if name not in FLAX_ACTIVATIONS:
-            kinds = f"NAME or gated-NAME, as gated-gelu; NAME is one of {', '.join(FLAX_ACTIVATIONS)}"
+        if name not in ACTIVATIONS:
+            kinds = f"NAME or gated-NAME, as gated-gelu; NAME is one of {', '.join(ACTIVATIONS)}"
             cli.fail(f"--config_overrides feed_forward_proj={config.feed_forward_proj}: write {kinds}")
         derived = type(config)(feed_forward_proj=config.feed_forward_proj)
         config.dense_act_fn, config.is_gated_act = derived.dense_act_fn, derived.is_gated_act
@@ -214,9 +212,9 @@ MAY_BE_NONE = {
     "num_key_value_heads", "num_decoder_layers", "embedding_size", "word_embed_proj_dim", "decoder_vocab_size",
 }  # fmt: skip
 ACTIVATION_FIELDS = {"hidden_act", "hidden_activation", "activation", "activation_function", "dense_act_fn"}
-FLAX_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
 CHOICES = {"attention_type": ("block_sparse", "original_full"), "encoder_attention_type": ("local", "transient-global")}
-CHOICES |= dict.fromkeys(ACTIVATION_FIELDS, FLAX_ACTIVATIONS)
+CHOICES |= dict.fromkeys(ACTIVATION_FIELDS, ACTIVATIONS)
 
 
 def check_values(fields: Mapping[str, Any], config_class: type[PretrainedConfig], origin: Origin) -> None:
@@ -284,117 +282,9 @@ def check_sizes(config: PretrainedConfig, origin: Origin) -> None:
     require(is_right, "rotary_dim", f"must be even, and at most a head's size, {head_size}")
 
 
-# ---- Tokenizer ---------------------------------------------------------------------------------------------------------
-
-
-TOKENIZER_FILES = re.compile(r"(tokenizer(_config)?|vocab|special_tokens_map|added_tokens)\.json|vocab\.txt|.+\.(model|spm)")
-
-
-def load_tokenizer(model_args: arguments.ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer named, or the one beside the weights."""
-    source = model_args.tokenizer_name or model_args.model_name_or_path
-    place = f"{'--tokenizer_name' if model_args.tokenizer_name else '--model_name_or_path'} {source}"
-    options = {"trust_remote_code": model_args.trust_remote_code, "use_fast": model_args.use_fast_tokenizer}
-    options |= {"cache_dir": model_args.cache_dir, "token": model_args.token, "revision": model_args.model_revision}
-    has_config = not os.path.isdir(source) or os.path.isfile(os.path.join(source, "config.json"))
-    if not has_config and "tokenizer_class" not in read_json_object(os.path.join(source, "tokenizer_config.json"))[0]:
-        options["config"] = named_config(model_args)[0]  # the model's type says what the files are for
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if not tokenizer.get_vocab():
-            raise ValueError("it has no tokens")
-    except Exception as error:  # the Rust side raises Exception itself, and classes whatever they come upon
-        cli.fail(f"{place}: no tokenizer can be loaded: {why_no_tokenizer(source, options, error)}")
-    length = tokenizer.model_max_length
-    if isinstance(length, bool) or not isinstance(length, int | float) or not 1 <= length < math.inf:
-        cli.fail(f"{place}: tokenizer_config.json: model_max_length={length}: must be a whole number, at least 1")
-    tokenizer.model_max_length = int(length)
-    return tokenizer
-
-
-# Each class of transformers has its own words for a package that it misses.
-MISSED = re.compile(r"to install ([\w-]+)|requires the ([\w-]+) lib|pip install ([\w-]+)|have `?([\w-]+)`? (?=or|installed)")
-
-
-def why_no_tokenizer(source: str, options: Mapping[str, Any], error: Exception) -> str:
-    """The reason of an error of AutoTokenizer, and what to do."""
-    found = sorted(filter(TOKENIZER_FILES.fullmatch, os.listdir(source))) if os.path.isdir(source) else []
-    if os.path.isdir(source) and not found:
-        return "there is none in it; name another directory with --tokenizer_name"
-    for name in found:
-        if name.endswith(".json") and (problem := read_json_object(os.path.join(source, name))[1]):
-            return f"{name} {problem}"
-    match = MISSED.search(str(error))
-    package = (isinstance(error, ImportError) and error.name) or (match and match[match.lastindex].lower())
-    if any(name.endswith(("model", "spm")) for name in found) and importlib.util.find_spec("sentencepiece") is None:
-        package = "sentencepiece"
-    if package and importlib.util.find_spec({"protobuf": "google.protobuf"}.get(package, package.replace("-", "_"))) is None:
-        return f"it needs a package that is not installed: pip install {package}"
-    if type(error) is Exception:
-        return f"tokenizer.json is damaged, or newer than tokenizers {tokenizers.__version__} knows: {cli.first_line(error)}"
-    kind = f", read as one for {options['config'].model_type}" if "config" in options else ""
-    return plain_reason(error, options) + (f" (there is {', '.join(found)}{kind})" if found else "")
-
-
-def match_config_and_tokenizer(
-    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, model_args: arguments.ModelArguments
-) -> None:
-    """Every token id needs an embedding (else it reads NaN), and a fresh model the tokenizer's special ids."""
-    num_ids = max(tokenizer.get_vocab().values()) + 1
-    if num_ids > config.vocab_size and config.is_encoder_decoder and not model_args.model_name_or_path:
-        config.vocab_size = 64 * math.ceil(num_ids / 64)
-        logger.warning("vocab_size=%d: the configuration has fewer than the tokenizer's ids.", config.vocab_size)
-    if num_ids > config.vocab_size:
-        remedy = "use the tokenizer these weights were trained with"
-        if not model_args.model_name_or_path:
-            remedy = f"add --config_overrides vocab_size={64 * math.ceil(num_ids / 64)}"
-        cli.fail(f"the tokenizer has ids up to {num_ids - 1}, the model embeds only {config.vocab_size}: {remedy}")
-    starts_with_eos = getattr(config, "decoder_start_token_id", None) == config.eos_token_id
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        token_id = getattr(tokenizer, name)
-        if token_id is None or token_id == getattr(config, name, None):
-            continue
-        if model_args.model_name_or_path:
-            logger.warning("The tokenizer's %s is %d, the model's %s.", name, token_id, getattr(config, name, None))
-        else:
-            setattr(config, name, token_id)
-    if config.is_encoder_decoder and (config.decoder_start_token_id is None or not model_args.model_name_or_path):
-        config.decoder_start_token_id = config.eos_token_id if starts_with_eos else config.pad_token_id
-
-
 def max_positions(config: PretrainedConfig) -> int | None:
     """Longest row the position table takes; None if there is no table."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and "roberta" in config.model_type:
         return limit - (config.pad_token_id or 0) - 1  # RoBERTa counts positions from pad_token_id + 1
     return limit
-
-
-def choose_row_length(data_args: arguments.DataArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens per row: what is asked for if the model can take it, else the limit of tokenizer and model, at most 1024."""
-    flag, asked, limit = data_args.row_length_flag, getattr(data_args, data_args.row_length_flag), max_positions(config)
-    if asked is None:
-        return min(tokenizer.model_max_length, limit or 1024, 1024)
-    if limit is not None and asked > limit and not data_args.cuts_row_length:
-        cli.fail(f"--{flag} {asked}: the model has positions for {limit} tokens; lower it, or train a model with more")
-    most = min(tokenizer.model_max_length, limit or asked)
-    if asked > most:
-        logger.warning("--%s %d is cut to what tokenizer and model can take, %d.", flag, asked, most)
-    return min(asked, most)
-
-
-def fit_sparse_attention(config: PretrainedConfig, row_length: int, is_padded: bool) -> None:
-    """BigBird's sparse attention takes whole blocks; rows too short for it get full attention, as PyTorch gives them.
-
-    `is_padded`: are all rows of that length, rather than of the longest text's?
-    """
-    if config.model_type != "big_bird" or config.attention_type != "block_sparse":
-        return
-    longest_full = (5 + 2 * config.num_random_blocks) * config.block_size
-    if row_length <= longest_full:
-        config.attention_type = "original_full"
-        logger.info("attention_type=original_full: sparse attention is for rows of more than %d tokens.", longest_full)
-    elif row_length % config.block_size:
-        cli.fail(f"--max_seq_length {row_length}: sparse attention takes multiples of {config.block_size} tokens")
-    elif not is_padded:
-        cli.fail(f"--max_seq_length {row_length}: sparse attention takes whole rows; add --pad_to_max_length")
