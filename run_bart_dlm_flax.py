@@ -53,6 +53,8 @@ from flaxlm import (
     evaluation,
     hub,
     logs,
+    losses,
+    models,
     optimizers,
     processes,
     randomness,
@@ -112,11 +114,6 @@ class DataTrainingArguments(arguments.DataArguments):
             cli.fail("--no_use_fast_tokenizer: sentences are found by the fast tokenizer's character offsets; drop that flag")
         if self.train_ref_file or self.validation_ref_file:
             cli.logger.warning("--train_ref_file and --validation_ref_file have no effect: spans of noise ignore words.")
-
-    def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
-        """Refuse what the Flax classes would silently leave out."""
-        if not getattr(config, "share_encoder_decoder_embeddings", True):
-            cli.fail("share_encoder_decoder_embeddings=False: Marian's Flax class has one vocabulary for both sides")
 
 
 # ---- Text to rows of tokens ----------------------------------------------------------------------------------------------

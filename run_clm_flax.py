@@ -93,15 +93,13 @@ class DataTrainingArguments(arguments.DataArguments):
             config.is_decoder = True
         if config.model_type == "big_bird":
             config.attention_type = "original_full"  # sparse attention, its default, has no causal mask
-        if config.model_type == "gemma":  # its Flax class reads the one, PyTorch's the other
-            config.hidden_activation = config.hidden_act = config.hidden_activation or config.hidden_act
 
     def text_loader_options(self) -> dict[str, Any]:
         """Options for reading txt files."""
         return {"keep_linebreaks": self.keep_linebreaks}
 
 
-ENCODERS = ("bert", "big_bird", "electra", "roberta", "roberta-prelayernorm", "xlm-roberta")
+ENCODERS = ("bert", "big_bird", "camembert", "electra", "roberta", "roberta-prelayernorm", "roformer", "xlm-roberta")
 
 
 # ---- Text to rows of tokens ----------------------------------------------------------------------------------------------

@@ -122,10 +122,8 @@ class DataTrainingArguments(arguments.DataArguments):
                 cli.fail(f"{flag} {path}: no such file")
 
     def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
-        """Rows must fit BigBird's attention, and RoFormer's configuration the Flax class."""
-        if config.model_type == "roformer":
-            config.embedding_size = config.hidden_size  # the class has embeddings of no other size, whatever this says
-        tokenization.fit_sparse_attention(config, row_length, self.pad_to_max_length or not self.line_by_line)
+        """BigBird sees all of a row."""
+        configurations.give_full_attention(config, row_length)
 
     def add_columns(self, dataset: datasets.Dataset, split: str) -> datasets.Dataset:
         """Add the word references of a file, one JSON list for every row, or for every row that is not blank."""

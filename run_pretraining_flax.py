@@ -134,7 +134,7 @@ class DataTrainingArguments(arguments.DataArguments):
 
     def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
         """Rows must fit the attention."""
-        tokenization.fit_sparse_attention(config, row_length, self.pad_to_max_length)
+        configurations.give_full_attention(config, row_length)
 
     def text_loader_options(self) -> dict[str, Any]:
         """Documents are divided by blank lines."""

@@ -55,6 +55,8 @@ from flaxlm import (
     evaluation,
     hub,
     logs,
+    losses,
+    models,
     optimizers,
     processes,
     randomness,

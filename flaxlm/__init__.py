@@ -15,11 +15,14 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     sharding     mesh, compiled steps, the state they update
     configurations  loading, changing and checking them
     tokenization    loading tokenizers, fitting a configuration to one
-    layers       products, sums and dropout that are fast
-    attention    attention without an array of [batch, heads, queries, keys]
+    layers       what models are made of, as it is fast
+    positions    where tokens stand, and what attention makes of it
+    attention    which tokens see which, and the ways to compute it
     losses       cross-entropy over a vocabulary
-    patches      what is done to transformers' Flax classes from outside
-    weights      fresh or from a file, and saved, in Flax's and PyTorch's layout
+    models       the architectures, one family in a file
+    layouts      names of weights, in Flax's and in PyTorch's layout
+    weight_files  files of weights, here or on the Hub
+    weights      fresh or from files, and saved
     text         the splits of a run as datasets
     token_rows   text tokenised, and cut or padded to rows
     streams      text read while training

@@ -19,8 +19,8 @@ IMPLEMENTATIONS = ("eager", "chunked", "xla", "cudnn")
 class Mask(NamedTuple):
     """Which tokens see which: those of the same segment, and of these perhaps only the past, or what is near."""
 
-    query_segments_BT: jax.Array  # the same number for tokens that see each other, 0 for padding
-    key_segments_BS: jax.Array
+    query_segments: jax.Array  # [B, T], the same number for tokens that see each other, 0 for padding
+    key_segments: jax.Array  # [B, S]
     is_causal: bool = False  # only what is not after oneself
     reach: jax.Array | int | None = None  # only what is at most so many tokens away
 

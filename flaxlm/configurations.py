@@ -86,21 +86,20 @@ def named_config(model_args: arguments.ModelArguments) -> tuple[PretrainedConfig
     return config, Origin(f"{flag} {source}: config.json")
 
 
-def load_config(model_args: arguments.ModelArguments, models: arguments.ModelClasses) -> PretrainedConfig:
+def load_config(model_args: arguments.ModelArguments, classes: arguments.Classes) -> PretrainedConfig:
     """The configuration to build the model from, with `config_overrides` applied to a fresh one."""
     try:
         config, origin = named_config(model_args)
     except ValueError:  # encoder-decoder and the like are made of two other models
-        cli.fail(f"--model_type {model_args.model_type}: has no default configuration; {models.types()}")
+        cli.fail(f"--model_type {model_args.model_type}: has no default configuration; {arguments.supported(classes)}")
     if not (model_args.config_name or model_args.model_name_or_path):
         logger.warning("Fresh weights in the default configuration of %s.", model_args.model_type)
-    if type(config) not in models.by_config and not model_args.trust_remote_code:
-        cli.fail(f"model type {config.model_type}: has no Flax class for this objective; {models.types()}")
+    if config.model_type not in classes:
+        cli.fail(f"model type {config.model_type}: has no Flax class for this objective; {arguments.supported(classes)}")
     check_values(config.to_dict(), type(config), origin)
     if model_args.config_overrides:
         origin = origin._replace(overrides=apply_config_overrides(config, model_args.config_overrides))
-    if type(config) in models.by_config:
-        check_sizes(config, origin)
+    check_sizes(config, origin)
     return config
 
 
@@ -288,3 +287,15 @@ def max_positions(config: PretrainedConfig) -> int | None:
     if limit is not None and "roberta" in config.model_type:
         return limit - (config.pad_token_id or 0) - 1  # RoBERTa counts positions from pad_token_id + 1
     return limit
+
+
+def give_full_attention(config: PretrainedConfig, row_length: int) -> None:
+    """BigBird's sparse attention is not here; rows too short for it have full attention in PyTorch too."""
+    if config.model_type != "big_bird" or config.attention_type != "block_sparse":
+        return
+    longest_full = (5 + 2 * config.num_random_blocks) * config.block_size
+    if row_length > longest_full:
+        advice = f"rows of more than {longest_full} tokens would have it: add --config_overrides attention_type=original_full"
+        cli.fail(f"attention_type=block_sparse: sparse attention is not here, and {advice}")
+    config.attention_type = "original_full"
+    logger.info("attention_type=original_full: rows of at most %d tokens have full attention.", longest_full)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models are made of, as it is fast: products and sums in the order that suits a CPU, dropout by hashing, stacks of layers."""
+"""What models are made of, as it is fast: products and sums in an order that suits a CPU, dropout by hashing, stacks."""
 
 import functools
 from collections.abc import Callable
@@ -188,7 +188,7 @@ class Layers(nn.Module):
     @nn.compact
     def __call__(self, hidden: jax.Array, *common: Any, each: Any = None) -> jax.Array:
         """`each` is a tree of arrays [layers, ...], of which each layer gets its part; None if there is none."""
-        parts = [jax.tree.map(lambda array: array[i], each) for i in range(self.num_layers)]
+        parts = [jax.tree.map(lambda array, i=i: array[i], each) for i in range(self.num_layers)]
         made = [(self.first if self.first and i == 0 else self.layer)(parent=None) for i in range(self.num_layers)]
         if self.is_initializing():
             for i, layer in enumerate(made):
@@ -234,3 +234,25 @@ def vocabulary_scores(hidden_XH: jax.Array, table_VH: jax.Array, bias_V: jax.Arr
     """Scores of a vocabulary by its table of embeddings, in the type of the hidden states: [..., V]."""
     scores_XV = hidden_XH @ table_VH.T.astype(hidden_XH.dtype)
     return scores_XV if bias_V is None else add_bias(scores_XV, bias_V)
+
+
+class VocabularyHead(nn.Module):
+    """Scores of a vocabulary by its table of embeddings or, where there is none to share, by weights of its own: [..., V].
+
+    Either way the bias, if there is one, is its own.
+    """
+
+    num_tokens: int
+    dtype: jnp.dtype
+    use_bias: bool = True
+    kernel_init: Callable = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, hidden_XH: jax.Array, table_VH: jax.Array | None) -> jax.Array:
+        bias_V = self.param("bias", nn.initializers.zeros, (self.num_tokens,)) if self.use_bias else None
+        if table_VH is not None:
+            return vocabulary_scores(hidden_XH, table_VH, bias_V)
+        dense = Dense(self.num_tokens, self.dtype, use_bias=False, kernel_init=self.kernel_init)
+        nn.share_scope(self, dense)
+        scores_XV = dense(hidden_XH)
+        return scores_XV if bias_V is None else add_bias(scores_XV, bias_V)

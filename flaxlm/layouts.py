@@ -40,7 +40,9 @@ def to_pytorch(params: Any) -> dict[str, np.ndarray]:
 
 
 # What PyTorch keeps in files beside weights: positions, causal masks, frequencies, sinusoids.
-BUFFERS = re.compile(r"position_ids$|token_type_ids$|attn\.(masked_)?bias$|attention\.(masked_)?bias$|inv_freq$|embed_positions\.weights?$")
+BUFFERS = re.compile(
+    r"position_ids$|token_type_ids$|attn\.(masked_)?bias$|attention\.(masked_)?bias$|inv_freq$|embed_positions\.weights?$"
+)
 
 
 def find(stored: Collection[str], paths: Iterable[tuple[str, ...]], is_pytorch: bool) -> dict[tuple[str, ...], str]:
@@ -59,7 +61,10 @@ def find(stored: Collection[str], paths: Iterable[tuple[str, ...]], is_pytorch: 
         candidates = [name, *([others[name]] if name in others else [])]
         if path[0] in bodies:
             candidates.append(name.partition(dot)[2])
-        candidates += [re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", name), re.sub(r"LayerNorm\.bias$", "LayerNorm.beta", name)]
+        candidates += [
+            re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", name),
+            re.sub(r"LayerNorm\.bias$", "LayerNorm.beta", name),
+        ]
         found[path] = next((candidate for candidate in candidates if candidate in stored), None)
     return {path: name for path, name in found.items() if name is not None}
 

@@ -114,23 +114,6 @@ def choose_row_length(data_args: arguments.DataArguments, config: PretrainedConf
     return min(asked, most)
 
 
-def fit_sparse_attention(config: PretrainedConfig, row_length: int, is_padded: bool) -> None:
-    """BigBird's sparse attention takes whole blocks; rows too short for it get full attention, as PyTorch gives them.
-
-    `is_padded`: are all rows of that length, rather than of the longest text's?
-    """
-    if config.model_type != "big_bird" or config.attention_type != "block_sparse":
-        return
-    longest_full = (5 + 2 * config.num_random_blocks) * config.block_size
-    if row_length <= longest_full:
-        config.attention_type = "original_full"
-        logger.info("attention_type=original_full: sparse attention is for rows of more than %d tokens.", longest_full)
-    elif row_length % config.block_size:
-        cli.fail(f"--max_seq_length {row_length}: sparse attention takes multiples of {config.block_size} tokens")
-    elif not is_padded:
-        cli.fail(f"--max_seq_length {row_length}: sparse attention takes whole rows; add --pad_to_max_length")
-
-
 @contextlib.contextmanager
 def tokenizer_as_loaded(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Within this context calls may truncate or not: a Rust tokenizer remembers the last one, and would be saved with that.

@@ -24,7 +24,7 @@ from flaxlm import arguments, cli, layers, layouts, models, randomness, sharding
 logger = logging.getLogger(__name__)
 
 
-def check(config: PretrainedConfig, args: arguments.Arguments, classes: models.Classes) -> None:
+def check(config: PretrainedConfig, args: arguments.Arguments, classes: arguments.Classes) -> None:
     """Refuse a configuration that no model follows, and weights that are not there or cut short.
 
     Before the text is prepared, in less than a second, and without touching a device, so that the process can still fork.
@@ -70,12 +70,14 @@ def load(model: nn.Module, args: arguments.Arguments, mesh: Mesh) -> Any:
     return initialize(randomness.device_rng(args.training.seed, "weights"), {"/".join(path): a for path, a in found.items()})
 
 
-def from_pretrained(source: str, classes: models.Classes, compute: layers.Compute = layers.Compute()) -> tuple[nn.Module, Any]:
+def from_pretrained(
+    source: str, classes: arguments.Classes, compute: layers.Compute = layers.Compute()
+) -> tuple[nn.Module, Any]:
     """A model of a directory or of the Hub and its weights, for use elsewhere: (model, params).
 
-        model, params = weights.from_pretrained("my-run", models.CAUSAL)
-        hidden_BTH = model.apply({"params": params}, input_ids_BT, attention_mask_BT)
-        scores_BTV = model.apply({"params": params}, hidden_BTH, method="scores")
+    model, params = weights.from_pretrained("my-run", models.CAUSAL)
+    hidden_BTH = model.apply({"params": params}, input_ids_BT, attention_mask_BT)
+    scores_BTV = model.apply({"params": params}, hidden_BTH, method="scores")
     """
     config = AutoConfig.from_pretrained(source)
     model = classes[config.model_type](config, compute)
@@ -115,7 +117,10 @@ def read(model: nn.Module, model_args: arguments.ModelArguments) -> dict[tuple[s
         found[path] = np.asarray(array, np.float32)
     if rows:
         logger.info("New rows, the mean of the others, for %s", ", ".join(map("/".join, rows)))
-    tell("Fresh, since the files have no such weights", [layouts.pytorch_name(p, 2)[0] for p in shapes_of(model) if p not in found])
+    tell(
+        "Fresh, since the files have no such weights",
+        [layouts.pytorch_name(p, 2)[0] for p in shapes_of(model) if p not in found],
+    )
     tell("Not used of the files", layouts.unused(stored.keys(), names.values(), model.config.tie_word_embeddings))
     return found
 

@@ -11,8 +11,6 @@ its own, and few train them; BigBird has full attention here.
 """
 
 import inspect
-import logging
-from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -40,11 +38,7 @@ from flaxlm.models import (
     xglm,
 )
 
-logger = logging.getLogger(__name__)
-
-Classes = Mapping[str, type[nn.Module]]  # by model types; an objective trains one of the following
-
-MASKED: Classes = {
+MASKED: arguments.Classes = {
     "albert": albert.AlbertForMaskedLM,
     "bart": bart.BartForMaskedLM,
     "bert": bert.BertForMaskedLM,
@@ -59,7 +53,7 @@ MASKED: Classes = {
     "roformer": roformer.RoFormerForMaskedLM,
     "xlm-roberta": roberta.XLMRobertaForMaskedLM,
 }
-CAUSAL: Classes = {
+CAUSAL: arguments.Classes = {
     "bart": bart.BartForCausalLM,
     "bert": bert.BertLMHeadModel,
     "big_bird": bert.BigBirdForCausalLM,
@@ -82,13 +76,13 @@ CAUSAL: Classes = {
     "xglm": xglm.XGLMForCausalLM,
     "xlm-roberta": roberta.XLMRobertaForCausalLM,
 }
-SENTENCE_PAIRS: Classes = {"bert": bert.BertForPreTraining, "big_bird": bert.BigBirdForPreTraining}
-SPANS: Classes = {
+SENTENCE_PAIRS: arguments.Classes = {"bert": bert.BertForPreTraining, "big_bird": bert.BigBirdForPreTraining}
+SPANS: arguments.Classes = {
     "t5": t5.T5ForConditionalGeneration,
     "mt5": t5.MT5ForConditionalGeneration,
     "umt5": t5.UMT5ForConditionalGeneration,
 }
-DENOISING: Classes = {
+DENOISING: arguments.Classes = {
     "bart": bart.BartForConditionalGeneration,
     "mbart": bart.MBartForConditionalGeneration,
     "blenderbot": bart.BlenderbotForConditionalGeneration,
@@ -98,11 +92,6 @@ DENOISING: Classes = {
 }
 
 DROPOUT_OF_ATTENTION = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate")  # in configurations
-
-
-def supported(classes: Classes) -> str:
-    """A sentence listing the types."""
-    return f"supported are {', '.join(classes)}"
 
 
 def has_decoder(model: nn.Module) -> bool:
@@ -120,7 +109,7 @@ def check(config: PretrainedConfig, implementation: str) -> None:
         cli.fail(f"--attention_implementation {implementation}: {reason}")
 
 
-def build(config: PretrainedConfig, args: arguments.Arguments, classes: Classes) -> nn.Module:
+def build(config: PretrainedConfig, args: arguments.Arguments, classes: arguments.Classes) -> nn.Module:
     """The model of a configuration, computed as the flags say; it holds no weights."""
     implementation, backend = args.training.attention_implementation, jax.default_backend()
     if implementation == "auto":  # measured on CPUs only
