@@ -44,6 +44,8 @@ BUFFERS = re.compile(
     r"position_ids$|token_type_ids$|attn\.(masked_)?bias$|attention\.(masked_)?bias$|inv_freq$|embed_positions\.weights?$"
 )
 
+EARLY_NAMES = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
+
 
 def find(stored: Collection[str], paths: Iterable[tuple[str, ...]], is_pytorch: bool) -> dict[tuple[str, ...], str]:
     """The names that weights have in a file, by their paths; those that it does not hold are left out.
@@ -61,10 +63,7 @@ def find(stored: Collection[str], paths: Iterable[tuple[str, ...]], is_pytorch: 
         candidates = [name, *([others[name]] if name in others else [])]
         if path[0] in bodies:
             candidates.append(name.partition(dot)[2])
-        candidates += [
-            re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", name),
-            re.sub(r"LayerNorm\.bias$", "LayerNorm.beta", name),
-        ]
+        candidates += [candidates[-1].replace(now, then) for now, then in EARLY_NAMES]
         found[path] = next((candidate for candidate in candidates if candidate in stored), None)
     return {path: name for path, name in found.items() if name is not None}
 

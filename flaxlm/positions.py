@@ -101,6 +101,6 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 
 
 def sinusoids(num_positions: int, size: int) -> np.ndarray:
-    """Sines, then cosines of positions, of waves from 2 pi to 20,000 pi long (Vaswani et al. 2017): float32 [positions, size]."""
+    """Sines, then cosines of positions, of waves 2 pi to 20,000 pi long (Vaswani et al. 2017): float32 [positions, size]."""
     angles = np.arange(num_positions)[:, None] / 10000 ** (2 * np.arange((size + 1) // 2) / size)
     return np.concatenate((np.sin(angles), np.cos(angles)), axis=1)[:, :size].astype(np.float32)

@@ -62,25 +62,31 @@ def load(model: nn.Module, args: arguments.Arguments, mesh: Mesh) -> Any:
         found = read(model, args.model)
         model.config.dtype = "float32"  # what is trained and saved here, whatever the checkpoint was stored in
 
-    def initialize(rng: jax.Array, found: Mapping[str, jax.Array]) -> dict[str, Any]:
-        fresh = flatten_dict(init(model, rng), sep="/")
-        return unflatten_dict(fresh | found, sep="/")
-
-    initialize = jax.jit(initialize, out_shardings=NamedSharding(mesh, sharding.REPLICATED))
-    return initialize(randomness.device_rng(args.training.seed, "weights"), {"/".join(path): a for path, a in found.items()})
+    return initialize(
+        model, randomness.device_rng(args.training.seed, "weights"), found, NamedSharding(mesh, sharding.REPLICATED)
+    )
 
 
-def from_pretrained(
-    source: str, classes: arguments.Classes, compute: layers.Compute = layers.Compute()
-) -> tuple[nn.Module, Any]:
-    """A model of a directory or of the Hub and its weights, for use elsewhere: (model, params).
+def initialize(
+    model: nn.Module, rng: jax.Array, found: Mapping[tuple[str, ...], np.ndarray], where: NamedSharding | None = None
+) -> dict[str, Any]:
+    """The weights that were found, by their paths, and fresh ones for the rest, float32."""
+
+    def complete(rng: jax.Array, found: Mapping[str, jax.Array]) -> dict[str, Any]:
+        return unflatten_dict(flatten_dict(init(model, rng), sep="/") | found, sep="/")
+
+    return jax.jit(complete, out_shardings=where)(rng, {"/".join(path): array for path, array in found.items()})
+
+
+def from_pretrained(source: str, classes: arguments.Classes, compute: layers.Compute | None = None) -> tuple[nn.Module, Any]:
+    """A model of a directory or of the Hub and its weights, for use elsewhere: (model, params). As in
 
     model, params = weights.from_pretrained("my-run", models.CAUSAL)
     hidden_BTH = model.apply({"params": params}, input_ids_BT, attention_mask_BT)
     scores_BTV = model.apply({"params": params}, hidden_BTH, method="scores")
     """
     config = AutoConfig.from_pretrained(source)
-    model = classes[config.model_type](config, compute)
+    model = classes[config.model_type](config, compute or layers.Compute())
     found = read(model, arguments.ModelArguments(model_name_or_path=source))
     if missing := [path for path in shapes_of(model) if path not in found]:
         raise ValueError(f"{source} has no weights for {', '.join(map('.'.join, missing))}")

@@ -49,7 +49,7 @@ class Writer:
         self, begun_BT: np.ndarray, num_tokens: int, source: tuple[np.ndarray, ...] = (), temperature: float = 0.0
     ) -> np.ndarray:
         """What follows on `begun_BT`: int [B, num_tokens], drawn at random or, at temperature 0, the likeliest."""
-        B, T = begun_BT.shape
+        T = begun_BT.shape[1]
         ids = np.pad(begun_BT, ((0, 0), (0, num_tokens)))
         for position in range(T, T + num_tokens):
             scores = self.scores(self.model, self.params, source, ids, position - 1)
