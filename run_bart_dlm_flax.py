@@ -61,6 +61,7 @@ from flaxlm import (
     runs,
     sentences,
     sharding,
+    token_rows,
     tokenization,
     weights,
 )
@@ -180,6 +181,8 @@ class Collator:
                 cli.fail(f"--tokenizer_name: has no {name}; use a tokenizer made for BART, prepare_model_dir.py trains one")
         # Rows of tokens: their columns with what fills them up, their length, and how text becomes tokens.
         self.columns = {"input_ids": -1, "sentence_starts": 0}
+        if data_args.document_attention:
+            self.columns[token_rows.TEXT_STARTS] = 0
         self.row_length, self.line_by_line, self.pad_to = max_seq_length, False, None
         self.tokenize_options = {"sentence_language": data_args.sentence_language}
         self.draws_per_row = 1 + 5 * max_seq_length  # uniform numbers that __call__ needs for a row
@@ -200,7 +203,8 @@ class Collator:
         """Collate N rows; `num_groups` does not matter, as no array is shared by rows.
 
         Args:
-            rows: `input_ids` int [N, T], -1 behind the end of a row, and `sentence_starts` [N, T], 1 where one starts.
+            rows: `input_ids` int [N, T], -1 behind the end of a row, and `sentence_starts` [N, T], 1 where one starts; and
+                `text_starts` if texts are apart. Then the decoder starts anew with each.
             uniforms_NR: float64 [N, draws_per_row] in [0, 1), the only source of randomness.
             is_real_N: bool [N]; rows that only fill up a batch are False and get no label.
 
@@ -214,39 +218,47 @@ class Collator:
         draws_5NT = np.moveaxis(uniforms_NR[:, 1 : 1 + 5 * T].reshape(N, 5, T), 1, 0)
         is_text_NT = in_row_NT & ~self.is_special_V[labels_NT]
 
-        input_ids_NT, noised_length_N = labels_NT, in_row_NT.sum(axis=1)
+        texts_NT = token_rows.number_texts(rows, in_row_NT)
+        input_ids_NT, attention_mask_NT = labels_NT, texts_NT
         if self.permute_sentence_ratio > 0:
-            input_ids_NT = self.permute(input_ids_NT, is_text_NT, rows["sentence_starts"] != 0, draws_5NT[0])
+            input_ids_NT = self.permute(input_ids_NT, is_text_NT, texts_NT, rows["sentence_starts"] != 0, draws_5NT[0])
         if self.mlm_probability > 0:
             draws = uniforms_NR[:, 0], draws_5NT[1:]
-            input_ids_NT, noised_length_N = self.infill(input_ids_NT, is_text_NT, in_row_NT, *draws)
-        decoder_input_ids_NT = np.empty_like(labels_NT)
-        decoder_input_ids_NT[:, 0] = self.decoder_start_token_id
-        decoder_input_ids_NT[:, 1:] = labels_NT[:, :-1]
+            input_ids_NT, attention_mask_NT = self.infill(input_ids_NT, is_text_NT, texts_NT, *draws)
+        decoder_input_ids_NT = np.full_like(labels_NT, self.decoder_start_token_id)
+        same_text_NT = (texts_NT[:, 1:] == texts_NT[:, :-1]) | ~in_row_NT[:, 1:]
+        decoder_input_ids_NT[:, 1:][same_text_NT] = labels_NT[:, :-1][same_text_NT]
         return {
             "input_ids": input_ids_NT,
-            "attention_mask": (np.arange(T) < noised_length_N[:, None]).astype(np.int32),
+            "attention_mask": attention_mask_NT,
             "decoder_input_ids": decoder_input_ids_NT,
-            "decoder_attention_mask": np.ones_like(labels_NT),
+            "decoder_attention_mask": texts_NT,
             "labels": labels_NT,
             "label_weights": (in_row_NT & is_real_N[:, None]).astype(np.float32),
         }
 
     def permute(
-        self, input_ids_NT: np.ndarray, is_text_NT: np.ndarray, starts_NT: np.ndarray, uniforms_NT: np.ndarray
+        self,
+        input_ids_NT: np.ndarray,
+        is_text_NT: np.ndarray,
+        texts_NT: np.ndarray,
+        starts_NT: np.ndarray,
+        uniforms_NT: np.ndarray,
     ) -> np.ndarray:
         """Let ceil(ratio * m) of the m sentences of each document change places among themselves, at random.
 
         Position 0 stays: where a row begins in mid-text, that is the rest of a sentence, which follows on the row before.
         """
-        begins_NT = starts_NT | ~is_text_NT
+        is_border_NT = np.pad(texts_NT[:, 1:] != texts_NT[:, :-1], ((0, 0), (1, 0)))
+        begins_NT = starts_NT | ~is_text_NT | is_border_NT
         begins_NT[:, 1:] |= ~is_text_NT[:, :-1]
         begins_NT[:, 0] = True
         first_G = np.flatnonzero(begins_NT)  # stretches: sentences, and each other token by itself
         size_G = np.diff(first_G, append=begins_NT.size)
         moves_G = is_text_NT.reshape(-1)[first_G] & (first_G % begins_NT.shape[1] > 0)
         movable_S = np.flatnonzero(moves_G)
-        document_S = np.cumsum(~moves_G)[movable_S]  # what stays divides documents, and rows
+        is_border_G = ~moves_G | is_border_NT.reshape(-1)[first_G]  # what stays divides documents, and rows
+        document_S = np.cumsum(is_border_G)[movable_S]
 
         # The lowest numbers of a document choose its sentences, and their order is the new one: equally likely, all of them.
         order_S = np.lexsort((uniforms_NT.reshape(-1)[first_G[movable_S]], document_S))
@@ -265,11 +277,11 @@ class Collator:
         self,
         input_ids_NT: np.ndarray,
         is_text_NT: np.ndarray,
-        in_row_NT: np.ndarray,
+        texts_NT: np.ndarray,
         rounding_N: np.ndarray,
         draws_4NT: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Replace each span of text by one mask token; returns the rows, packed to the left, and their lengths [N].
+        """Replace each span of text by one mask token; returns the rows, packed to the left, and which texts they are of.
 
         Span lengths are Poisson. Spans of tokens take exactly the share asked for (the last one is cut, the share is rounded
         at random), do not overlap, and every arrangement is equally likely; a span across a border of documents is two.
@@ -301,9 +313,10 @@ class Collator:
         is_mask_NT = np.zeros((N, T), bool)
         is_mask_NT.reshape(-1)[text_positions[start_S]] = True
         is_mask_NT[:, 1:] |= is_hidden_NT[:, 1:] & ~is_hidden_NT[:, :-1]  # after a special token within a span
+        is_mask_NT[:, 1:] |= is_hidden_NT[:, 1:] & (texts_NT[:, 1:] != texts_NT[:, :-1])
         is_mask_NT[:, 0] |= is_hidden_NT[:, 0]
 
-        is_kept_NT = in_row_NT & ~is_hidden_NT
+        is_kept_NT = (texts_NT > 0) & ~is_hidden_NT
         num_out_NT = (is_kept_NT | is_mask_NT).astype(np.int64)
         # Before each span come empty ones, as many as zeros come in a row in Poisson numbers: geometric.
         exponential_NS = np.where(is_used_NS, -np.log1p(-empty_NT[:, :most]), 0)
@@ -313,11 +326,13 @@ class Collator:
         num_out_NT += self.insertions(num_out_NT.astype(bool) & is_text_NT, num_empty_N, empty_places_NT)
 
         end_NT = np.cumsum(num_out_NT, axis=1)
-        noised_length_N = end_NT[:, -1]
-        noised_NT = np.where(np.arange(T) < noised_length_N[:, None], self.mask_token_id, self.pad_token_id).astype(np.int32)
+        is_noised_NT = np.arange(T) < end_NT[:, -1:]
+        noised_NT = np.where(is_noised_NT, self.mask_token_id, self.pad_token_id).astype(np.int32)
         flat_place_NT = end_NT - 1 + T * np.arange(N)[:, None]
         noised_NT.reshape(-1)[flat_place_NT[is_kept_NT]] = input_ids_NT[is_kept_NT]
-        return noised_NT, noised_length_N
+        noised_texts_NT = np.zeros_like(texts_NT)
+        noised_texts_NT[is_noised_NT] = np.repeat(texts_NT.reshape(-1), num_out_NT.reshape(-1))
+        return noised_NT, noised_texts_NT
 
     @staticmethod
     def insertions(is_site_NT: np.ndarray, num_insertions_N: np.ndarray, uniforms_NT: np.ndarray) -> np.ndarray:

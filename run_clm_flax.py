@@ -59,6 +59,7 @@ from flaxlm import (
     randomness,
     runs,
     sharding,
+    token_rows,
     tokenization,
     weights,
 )
@@ -142,7 +143,7 @@ class Collator:
         if max_seq_length < 2:
             cli.fail(f"--block_size {max_seq_length}: must be at least 2, a token and the one that follows it")
         # Rows of tokens: their columns with what fills them up, their length, and how text becomes tokens.
-        self.columns = {"input_ids": -1}
+        self.columns = {"input_ids": -1} | ({token_rows.TEXT_STARTS: 0} if data_args.document_attention else {})
         self.row_length, self.line_by_line, self.pad_to = max_seq_length, False, None
         self.tokenize_options = {"append_eos_token": data_args.append_eos_token}
         self.draws_per_row = 0  # uniform numbers that __call__ needs for a row
@@ -153,7 +154,8 @@ class Collator:
         """Collate N rows.
 
         Args:
-            rows: `input_ids` int [N, T], -1 where a row is padded.
+            rows: `input_ids` int [N, T], -1 where a row is padded; `text_starts` [N, T] if texts are apart, where no token
+                is asked for the first one of another text.
             uniforms_NR: not used, for want of noise.
             is_real_N: bool [N]; rows that only fill up a batch are False and get no label.
             num_groups: not used; rows don't depend on the device they go to.
@@ -165,10 +167,11 @@ class Collator:
         input_ids_NT = np.where(is_token_NT, rows["input_ids"], 0).astype(np.int32)
         labels_NT, weights_NT = np.zeros_like(input_ids_NT), np.zeros(input_ids_NT.shape, np.float32)
         labels_NT[:, :-1] = input_ids_NT[:, 1:]
-        weights_NT[:, :-1] = is_token_NT[:, 1:] & is_real_N[:, None]
+        texts_NT = token_rows.number_texts(rows, is_token_NT)
+        weights_NT[:, :-1] = is_token_NT[:, 1:] & (texts_NT[:, 1:] == texts_NT[:, :-1]) & is_real_N[:, None]
         return {
             "input_ids": input_ids_NT,
-            "attention_mask": is_token_NT.astype(np.int32),
+            "attention_mask": texts_NT,
             "labels": labels_NT,
             "label_weights": weights_NT,
         }

@@ -64,6 +64,7 @@ from flaxlm import (
     randomness,
     runs,
     sharding,
+    token_rows,
     tokenization,
     weights,
 )
@@ -264,6 +265,8 @@ class Collator:
                 cli.fail(f"--tokenizer_name: has no {name}, needed to {use}; use a tokenizer made for masked models")
         # Rows of tokens: their columns with what fills them up, their length, and how text becomes tokens.
         self.columns = {"input_ids": tokenizer.pad_token_id} | ({"word_starts": 1} if data_args.whole_word_mask else {})
+        if data_args.document_attention:
+            self.columns[token_rows.TEXT_STARTS] = 0
         self.row_length, self.line_by_line = max_seq_length, data_args.line_by_line
         self.pad_to = max_seq_length if data_args.pad_to_max_length else None
         self.tokenize_options = {
@@ -292,7 +295,7 @@ class Collator:
         """Collate N rows for `num_groups` equal groups (devices x micro-batches) of N / num_groups rows.
 
         Args:
-            rows: `input_ids` int [N, T], and `word_starts` [N, T] for whole-word masking.
+            rows: `input_ids` int [N, T]; `word_starts` [N, T] for whole-word masking; `text_starts` if texts are apart.
             uniforms_NR: float64 [N, draws_per_row] in [0, 1), the only source of randomness; the first T of a row are used.
             is_real_N: bool [N]; rows that only fill up a batch are False and get no label.
 
@@ -301,7 +304,7 @@ class Collator:
         """
         input_ids_NT = rows["input_ids"].astype(np.int32)
         uniforms_NT = uniforms_NR[:, : input_ids_NT.shape[1]]  # rows that are texts may be narrower than the limit
-        attention_mask_NT = (input_ids_NT != self.pad_token_id).astype(np.int32)
+        attention_mask_NT = token_rows.number_texts(rows, input_ids_NT != self.pad_token_id)
         starts_word_NT, selected_NT = self.select(rows, input_ids_NT, uniforms_NT, is_real_N)
         K = self.num_label_positions(input_ids_NT.size // num_groups, 4.0 if "word_starts" in rows else 1.0)
         flat_positions = np.flatnonzero(self.within_capacity(selected_NT, starts_word_NT, num_groups, K))

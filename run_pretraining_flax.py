@@ -129,6 +129,8 @@ class DataTrainingArguments(arguments.DataArguments):
             cli.fail("--is_already_preprocessed: not with --streaming, which reads text only")
         if self.is_already_preprocessed and self.dupe_factor > 1:
             cli.fail("--dupe_factor: not with --is_already_preprocessed, the pairs are there already")
+        if self.document_attention:
+            cli.fail("--document_attention: a row is one pair of texts here, which see each other; drop the flag")
         if self.use_auth_token:
             cli.logger.warning("--use_auth_token has no effect: the token of `hf auth login` is used anyway.")
 

@@ -62,6 +62,7 @@ from flaxlm import (
     randomness,
     runs,
     sharding,
+    token_rows,
     tokenization,
     weights,
 )
@@ -229,7 +230,8 @@ class Collator:
             max_seq_length - self.text_start, self.noise_density, self.mean_span_length
         )
         # Rows of tokens: their columns with what fills them up, and how text becomes tokens.
-        self.columns, self.line_by_line, self.pad_to, self.tokenize_options = {"input_ids": -1}, False, None, {}
+        self.columns = {"input_ids": -1} | ({token_rows.TEXT_STARTS: 0} if data_args.document_attention else {})
+        self.line_by_line, self.pad_to, self.tokenize_options = False, None, {}
         self.draws_per_row = self.row_length - 1  # uniform numbers: one for the denoiser, one per gap
         num_spans = noise_counts(self.row_length, self.noise_density, self.mean_span_length)[1].max()
         self.sentinel_ids_S = find_sentinel_ids(tokenizer, num_spans, f"--max_seq_length {max_seq_length} {noise}")
@@ -242,7 +244,8 @@ class Collator:
         """Collate N rows. A row of fewer than two tokens cannot have noise: its input is the text, its weights are 0.
 
         Args:
-            rows: `input_ids` int [N, E], -1 behind the end of a short row.
+            rows: `input_ids` int [N, E], -1 behind the end of a short row; `text_starts` [N, E] if texts are apart. Then the
+                decoder starts anew with each text, and a span over the end of one is in both.
             uniforms_NR: float64 [N, R] in [0, 1), the only source of randomness.
             is_real_N: bool [N]; rows that only fill up a batch are False and get weights of 0.
             num_groups: not used; the rows of a group stay together whatever it is.
@@ -277,6 +280,12 @@ class Collator:
         turns = np.zeros(N * W, np.int8)
         turns[starts], turns[ends] = 1, -1
         is_noise = np.cumsum(turns, dtype=np.int8) == 1
+        # Which text of its row a token is of: the mode token of the first, eos of the last.
+        numbers_NE = token_rows.number_texts(rows, rows["input_ids"] >= 0)
+        input_number = np.pad(numbers_NE, ((0, 0), (self.text_start, 1)), mode="edge").reshape(-1)
+        input_number[eos] = numbers_NE.max(axis=1, initial=1)
+        target_number = input_number.copy()
+        target_number[starts - 1] = input_number[starts]
         # A sentinel takes the place of the span's first token in the input, of the clean token before it in the target.
         input_text, in_input = text.copy(), ~is_noise
         input_text[starts], in_input[starts] = sentinels, True
@@ -291,13 +300,17 @@ class Collator:
         input_ids_NT[is_input_NT] = input_text[in_input]  # what is left of a row closes up
         labels_NU = np.full(is_target_NU.shape, self.pad_token_id, np.int32)
         labels_NU[is_target_NU] = target_text[in_target]
+        attention_mask_NT, decoder_attention_mask_NU = np.zeros_like(input_ids_NT), np.zeros_like(labels_NU)
+        attention_mask_NT[is_input_NT] = input_number[in_input]
+        decoder_attention_mask_NU[is_target_NU] = target_number[in_target]
         decoder_input_ids_NU = np.full_like(labels_NU, self.decoder_start_token_id)
-        decoder_input_ids_NU[:, 1:] = np.where(is_target_NU[:, 1:], labels_NU[:, :-1], self.pad_token_id)
+        goes_on_NU = decoder_attention_mask_NU[:, 1:] == decoder_attention_mask_NU[:, :-1]
+        decoder_input_ids_NU[:, 1:][goes_on_NU] = labels_NU[:, :-1][goes_on_NU]
         return {
             "input_ids": input_ids_NT,
-            "attention_mask": is_input_NT.astype(np.int32),
+            "attention_mask": attention_mask_NT,
             "decoder_input_ids": decoder_input_ids_NU,
-            "decoder_attention_mask": np.ones_like(labels_NU),
+            "decoder_attention_mask": decoder_attention_mask_NU,
             "labels": labels_NU,
             "label_weights": (is_target_NU & (is_real_N & (spans_N > 0))[:, None]).astype(np.float32),
         }

@@ -160,7 +160,7 @@ def open_streams(
 
     def make_stream(split: str, num_skipped: int = 0) -> TextStream:
         open_dataset = functools.partial(open_shard, sources[split], num_skipped)
-        tokenize_column = functools.partial(tokenize_fn, text_column=columns[split])
+        tokenize_column = token_rows.column_function(tokenize_fn, columns[split], collator)
         sizes = args.data.shuffle_buffer_size, args.training.seed
         return TextStream(open_dataset, tokenize_column, columns[split], collator, *sizes, name_of(split, args.data))
 

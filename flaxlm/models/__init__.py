@@ -6,8 +6,8 @@ weights are that `scores` reads. Its tree of weights has the names that transfor
 have. Token ids come with segment ids: 0 is padding, and tokens see those of the same segment only. Dropout is on where there
 is a random key named "dropout".
 
-Left out: LongT5, and BigBird's sparse attention: their blocks would be a second way to attend, with masks, biases and dropout of
-its own, and few train them; BigBird has full attention here.
+Left out: LongT5, and BigBird's sparse attention: their blocks would be a second way to attend, with masks, biases and dropout
+of its own, and few train them; BigBird has full attention here.
 """
 
 import inspect
