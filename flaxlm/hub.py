@@ -156,4 +156,4 @@ def client_factory(seconds: float) -> Callable[[], Any]:
         names = ("connect", "read", "write", "pool")
         request.extensions["timeout"] = {name: asked.get(name) or seconds for name in names}
 
-    return lambda: type(default)(event_hooks={"request": [*hooks, limit]}, follow_redirects=True)
+    return lambda: type(default)(event_hooks={"request": [*hooks, limit]}, follow_redirects=True, timeout=None)

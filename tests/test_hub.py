@@ -439,7 +439,7 @@ def test_an_answer_that_does_not_come(hub, output_dir, no_waiting, monkeypatch, 
     hub.delay("/commit/", 60, times=2)
     uploads.push(4, final=True)
     uploads.check()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 5
     assert no_waiting == [1, 2]
     assert sum("Upload of step 4 failed: timed out" in message for message in caplog.messages) == 2
 
