@@ -13,6 +13,7 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     outputs      what lies in output_dir, and whose it is
     command_line  the command line of a training script, read and checked
     sharding     mesh, compiled steps, the state they update
+    repositories    files of a model in a directory or on the Hub, and why they cannot be read
     configurations  loading, changing and checking them
     tokenization    loading tokenizers, fitting a configuration to one
     layers       what models are made of, as it is fast

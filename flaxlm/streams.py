@@ -131,7 +131,7 @@ def told_of_streams(source: str) -> Iterator[None]:
         raise cli.Accident(f"{source}: the network failed: {cli.first_line(error)}; {advice}") from mistake
 
 
-NETWORK_PACKAGES = {"aiohttp", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3"}
+NETWORK_PACKAGES = {"aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "requests", "urllib3"}
 
 
 def is_about_network(error: BaseException) -> bool:

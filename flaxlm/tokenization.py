@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from flaxlm import arguments, cli, configurations
+from flaxlm import arguments, cli, configurations, repositories
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def load_tokenizer(model_args: arguments.ModelArguments) -> PreTrainedTokenizerB
     has_config = not os.path.isdir(source) or os.path.isfile(os.path.join(source, "config.json"))
     if (
         not has_config
-        and "tokenizer_class" not in configurations.read_json_object(os.path.join(source, "tokenizer_config.json"))[0]
+        and "tokenizer_class" not in repositories.read_json_object(os.path.join(source, "tokenizer_config.json"))[0]
     ):
         options["config"] = configurations.named_config(model_args)[0]  # the model's type says what the files are for
     try:
@@ -57,7 +57,7 @@ def why_no_tokenizer(source: str, options: Mapping[str, Any], error: Exception) 
     if os.path.isdir(source) and not found:
         return "there is none in it; name another directory with --tokenizer_name"
     for name in found:
-        if name.endswith(".json") and (problem := configurations.read_json_object(os.path.join(source, name))[1]):
+        if name.endswith(".json") and (problem := repositories.read_json_object(os.path.join(source, name))[1]):
             return f"{name} {problem}"
     match = MISSED.search(str(error))
     package = (isinstance(error, ImportError) and error.name) or (match and match[match.lastindex].lower())
@@ -68,7 +68,7 @@ def why_no_tokenizer(source: str, options: Mapping[str, Any], error: Exception) 
     if type(error) is Exception:
         return f"tokenizer.json is damaged, or newer than tokenizers {tokenizers.__version__} knows: {cli.first_line(error)}"
     kind = f", read as one for {options['config'].model_type}" if "config" in options else ""
-    return configurations.plain_reason(error, options) + (f" (there is {', '.join(found)}{kind})" if found else "")
+    return repositories.plain_reason(error, options) + (f" (there is {', '.join(found)}{kind})" if found else "")
 
 
 def match_config_and_tokenizer(
