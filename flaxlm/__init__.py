@@ -41,7 +41,8 @@ Shape letters at the end of names, outermost dimension first:
 
     A  micro-batches in one update      D  devices of this process      B  rows per device       N  rows
     T  tokens in a row                  V  vocabulary                   H  hidden size           C  tokens in a chunk
-    K  labelled positions per device    F  features of a layer          X, Y  any
+    K  labelled positions per device    F  features of a layer          M  heads of attention
+    E  numbers in a head                S  tokens that are looked at    X, Y  any
 
 A joined letter is a merged dimension: input_ids_NT holds N = A * D * B rows. Model inputs keep their transformers names.
 """
@@ -50,7 +51,7 @@ import os
 import signal
 import sys
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 def begin(version: str, script: str, as_program: bool) -> None:

@@ -85,6 +85,10 @@ class Attention(nn.Module):
             raise ValueError(f"attention by {self.implementation} cannot drop attention weights")
         if self.softcap is not None:
             raise ValueError(f"attention by {self.implementation} cannot squeeze scores")
+        if (
+            bias_MTS is not None and bias_MTS.shape[1] == 1
+        ):  # softmax sees differences only; small ones are more exact in bfloat16
+            bias_MTS = bias_MTS - jnp.swapaxes(bias_MTS, 1, 2)
         bias = None if bias_MTS is None else bias_MTS.astype(query_BTME.dtype)[None]
         return jax.nn.dot_product_attention(
             query_BTME, key_BSME, value_BSME, bias, mask.visible(), scale=scale, implementation=self.implementation

@@ -49,7 +49,7 @@ def write_model_card(
     info, output_dir = run_info(script, args), args.training.output_dir
     source = args.model.model_name_or_path and shown_path(args.model.model_name_or_path)
     data = shown_path(args.data.dataset_name or args.data.train_file or args.data.validation_file)
-    architecture = type(model).__name__
+    architecture = models.pytorch_class(model)
     draw_curves(os.path.join(output_dir, "training_curves.png"), curve, evaluations)
     table = "\n".join(f"| {label} | {figure} |" for label, figure in figures(results))
     versions = ", ".join(f"{key} {value}" for key, value in info["versions"].items())

@@ -173,6 +173,8 @@ def check_model_arguments(
         cli.fail(f"--model_type {model_args.model_type}: unknown; {arguments.supported(classes)}")
     if model_args.config_overrides and model_args.model_name_or_path:
         cli.fail("--config_overrides: changes fresh models only; the weights of --model_name_or_path fix the configuration")
+    if model_args.resize_token_embeddings and not model_args.model_name_or_path:
+        cli.fail("--resize_token_embeddings: adds rows to the weights of --model_name_or_path; a fresh model has what it needs")
     if model_args.dtype == "float16":
         cli.fail("--dtype float16: would need loss scaling, which this script does not do; use bfloat16")
     if training_args.attention_implementation == "cudnn" and model_args.dtype == "float32":

@@ -21,7 +21,7 @@ def copies(names: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     if {"model.shared.weight", "lm_head.weight"} <= names.keys():  # BART and its kind, with a head of their own
         found |= {f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in ("encoder", "decoder")}
-    for head in ("cls.predictions", "lm_head", "generator_lm_head"):  # BERT's kind: the bias of an untied head
+    for head in ("cls.predictions", "lm_head", "predictions"):  # BERT's kind: the bias of an untied head
         if {f"{head}.bias", f"{head}.decoder.weight"} <= names.keys():
             found[f"{head}.decoder.bias"] = f"{head}.bias"
     return found
@@ -42,6 +42,15 @@ def to_pytorch(params: Any) -> dict[str, np.ndarray]:
 # What PyTorch keeps in files beside weights: positions, causal masks, frequencies, sinusoids.
 BUFFERS = re.compile(
     r"position_ids$|token_type_ids$|attn\.(masked_)?bias$|attention\.(masked_)?bias$|inv_freq$|embed_positions\.weights?$"
+)
+
+# What a head reads that is tied to the table of embeddings; files that PyTorch pickled have it twice.
+TIED_HEADS = frozenset(
+    f"{name}.weight"
+    for name in (
+        *("lm_head", "cls.predictions.decoder", "lm_head.decoder", "predictions.decoder"),
+        *("generator_lm_head", "vocab_projector", "decoder"),
+    )
 )
 
 EARLY_NAMES = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
@@ -72,6 +81,6 @@ def unused(stored: Collection[str], used: Collection[str], is_tied: bool) -> lis
     """Names of a file that are neither used, nor a copy of what is, nor no weights."""
     used = set(used)
     doubles = {copy for copy, name in copies(dict.fromkeys(stored)).items() if name in used}
-    heads = {"lm_head.weight", "cls.predictions.decoder.weight", "lm_head.decoder.weight"} if is_tied else set()
+    heads = TIED_HEADS if is_tied else frozenset()
     doubles |= {f"{side}.embed_tokens.weight" for side in ("encoder", "decoder")} if "shared.weight" in used else set()
     return sorted(name for name in set(stored) - used - doubles - heads if not BUFFERS.search(name))

@@ -76,13 +76,17 @@ def match_config_and_tokenizer(
 ) -> None:
     """Every token id needs an embedding (else it reads NaN), and a fresh model the tokenizer's special ids."""
     num_ids = max(tokenizer.get_vocab().values()) + 1
+    enough = 64 * math.ceil(num_ids / 64)
+    if num_ids > config.vocab_size and model_args.resize_token_embeddings:
+        logger.info("vocab_size=%d, a multiple of 64 that holds the tokenizer's ids; it was %d.", enough, config.vocab_size)
+        config.vocab_size = enough
     if num_ids > config.vocab_size and config.is_encoder_decoder and not model_args.model_name_or_path:
-        config.vocab_size = 64 * math.ceil(num_ids / 64)
+        config.vocab_size = enough
         logger.warning("vocab_size=%d: the configuration has fewer than the tokenizer's ids.", config.vocab_size)
     if num_ids > config.vocab_size:
-        remedy = "use the tokenizer these weights were trained with"
+        remedy = "use the tokenizer these weights were trained with, or add --resize_token_embeddings"
         if not model_args.model_name_or_path:
-            remedy = f"add --config_overrides vocab_size={64 * math.ceil(num_ids / 64)}"
+            remedy = f"add --config_overrides vocab_size={enough}"
         cli.fail(f"the tokenizer has ids up to {num_ids - 1}, the model embeds only {config.vocab_size}: {remedy}")
     starts_with_eos = getattr(config, "decoder_start_token_id", None) == config.eos_token_id
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -107,7 +107,7 @@ def read(model: nn.Module, model_args: arguments.ModelArguments) -> dict[tuple[s
     if not names:
         some = ", ".join(sorted(stored.keys())[:3])
         cli.fail(f"{place}: no model: its files hold none of the weights of {type(model).__name__}, but {some}, ...")
-    found, rows = {}, {}
+    found, resized = {}, []
     for path, shape in shapes_of(model).items():
         if path not in names:
             continue
@@ -115,14 +115,15 @@ def read(model: nn.Module, model_args: arguments.ModelArguments) -> dict[tuple[s
         if stored.is_pytorch and layouts.pytorch_name(path, array.ndim)[1]:
             array = array.T
         if array.shape != shape.shape and model_args.resize_token_embeddings:
-            rows[path] = model.config.vocab_size
-            array = add_rows(array, shape.shape)
+            longer = add_rows(array, shape.shape, model.config.vocab_size)
+            resized += [path] if longer is not array else []
+            array = longer
         if array.shape != shape.shape:
             reason = f"{names[path]} has the shape {array.shape} in one and {shape.shape} in the other"
             cli.fail(f"{place}: no model: the configuration is not that of the weights: {reason}")
         found[path] = np.asarray(array, np.float32)
-    if rows:
-        logger.info("New rows, the mean of the others, for %s", ", ".join(map("/".join, rows)))
+    if resized:
+        logger.info("New rows, each the mean of those that were there: %s", ", ".join(map("/".join, resized)))
     tell(
         "Fresh, since the files have no such weights",
         [layouts.pytorch_name(p, 2)[0] for p in shapes_of(model) if p not in found],
@@ -131,14 +132,13 @@ def read(model: nn.Module, model_args: arguments.ModelArguments) -> dict[tuple[s
     return found
 
 
-def add_rows(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """An array with as many rows (or columns) more, along one axis, as `shape` says: each the mean of those that are there."""
-    longer = [axis for axis, (has, needs) in enumerate(zip(array.shape, shape, strict=False)) if needs > has]
-    if array.ndim != len(shape) or len(longer) != 1:
+def add_rows(array: np.ndarray, shape: tuple[int, ...], num_tokens: int) -> np.ndarray:
+    """An array of `shape`, whose new rows (or columns) are the mean of those that are there; only of the axis of tokens."""
+    axes = [axis for axis, (has, needs) in enumerate(zip(array.shape, shape, strict=False)) if has < needs == num_tokens]
+    if len(axes) != 1 or array.shape != (*shape[: axes[0]], array.shape[axes[0]], *shape[axes[0] + 1 :]):
         return array
-    (axis,) = longer
-    mean = array.mean(axis, keepdims=True, dtype=np.float32)
-    return np.concatenate((array, np.repeat(mean, shape[axis] - array.shape[axis], axis)), axis)
+    mean = array.mean(axes[0], keepdims=True, dtype=np.float32)
+    return np.concatenate((array, np.repeat(mean, num_tokens - array.shape[axes[0]], axes[0])), axes[0])
 
 
 def tell(what: str, names: list[str], most: int = 6) -> None:
@@ -162,7 +162,7 @@ def save_model(
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as staging:
         with tokenization.TOKENIZER_IN_USE:
             tokenizer.save_pretrained(staging)
-        model.config.architectures = [type(model).__name__]
+        model.config.architectures = [models.pytorch_class(model)]
         model.config.save_pretrained(staging)
         with open(os.path.join(staging, "flax_model.msgpack"), "wb") as file:
             file.write(msgpack_serialize(params))

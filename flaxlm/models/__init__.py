@@ -99,6 +99,11 @@ def has_decoder(model: nn.Module) -> bool:
     return "decoder_input_ids_BT" in inspect.signature(type(model).__call__).parameters
 
 
+def pytorch_class(model: nn.Module) -> str:
+    """The name of the class that computes the same in PyTorch; ours has it too, as a rule."""
+    return getattr(model, "pytorch_class", type(model).__name__)
+
+
 def check(config: PretrainedConfig, implementation: str) -> None:
     """Refuse fields of a configuration that nothing here computes, and a way to attend that the model cannot take."""
     fields.check(config)

@@ -307,6 +307,8 @@ class BartForCausalLM(nn.Module):
 class BartForMaskedLM(BartForConditionalGeneration):
     """BART whose decoder reads what the encoder reads, shifted by one; PyTorch's class does so if it gets ids of one side."""
 
+    pytorch_class = "BartForConditionalGeneration"
+
     def __call__(self, input_ids_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """[B, T, H]"""
         begins_BT = positions.within_segments(segment_ids_BT) == 0
@@ -323,6 +325,7 @@ class BartForMaskedLM(BartForConditionalGeneration):
 class MBartForMaskedLM(BartForMaskedLM):
     """mBART likewise; its decoder begins with the last token of the text, which says its language."""
 
+    pytorch_class = "MBartForConditionalGeneration"
     variant = MBartForConditionalGeneration.variant
 
     def first_ids(self, input_ids_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:

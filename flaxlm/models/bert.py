@@ -40,10 +40,8 @@ class BertEmbeddings(nn.Module):
             + embed(config.type_vocab_size, name="token_type_embeddings")(token_type_ids_BT)
             + embed(config.max_position_embeddings, name="position_embeddings")(position_ids_BT)
         )
-        norm, dropout = (
-            nn.LayerNorm(config.layer_norm_eps, dtype=dtype, name="LayerNorm"),
-            layers.Dropout(config.hidden_dropout_prob),
-        )
+        norm = nn.LayerNorm(config.layer_norm_eps, dtype=dtype, name="LayerNorm")
+        dropout = layers.Dropout(config.hidden_dropout_prob)
         return norm(dropout(hidden_BTH)) if config.model_type == "big_bird" else dropout(norm(hidden_BTH))
 
 

@@ -53,19 +53,6 @@ class GPT2Attention(nn.Module):
         return layers.Dropout(config.resid_pdrop)(hidden_BTH)
 
 
-class GPT2CrossAttention(nn.Module):
-    """Weights to attend to what an encoder says; none speaks here, and a file that has them keeps them."""
-
-    config: GPT2Config
-    compute: layers.Compute
-
-    @nn.compact
-    def __call__(self, hidden_BTH: jax.Array) -> None:
-        H, init = self.config.hidden_size, nn.initializers.normal(self.config.initializer_range)
-        for name, features in {"c_attn": 2 * H, "q_attn": H, "c_proj": H}.items():
-            Conv1D(features, self.compute.dtype, init, name=name)(hidden_BTH)
-
-
 class GPT2MLP(nn.Module):
     config: GPT2Config
     compute: layers.Compute
@@ -89,8 +76,6 @@ class GPT2Block(nn.Module):
     def __call__(self, hidden_BTH: jax.Array, scale: jax.Array, mask: attention.Mask) -> jax.Array:
         norm = functools.partial(nn.LayerNorm, self.config.layer_norm_epsilon, dtype=self.compute.dtype)
         hidden_BTH += GPT2Attention(self.config, self.compute, name="attn")(norm(name="ln_1")(hidden_BTH), scale, mask)
-        if self.config.add_cross_attention and self.is_initializing():
-            GPT2CrossAttention(self.config, self.compute, name="crossattention")(norm(name="ln_cross_attn")(hidden_BTH))
         return hidden_BTH + GPT2MLP(self.config, self.compute, name="mlp")(norm(name="ln_2")(hidden_BTH))
 
 

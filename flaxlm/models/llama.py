@@ -165,9 +165,7 @@ class LlamaForCausalLM(nn.Module):
         """What embeddings are multiplied with, but not where they are the head's weights."""
         return 1.0
 
-    def __call__(
-        self, input_ids_BT: jax.Array, segment_ids_BT: jax.Array, token_type_ids_BT: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, input_ids_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """[B, T, H]; tokens see those of the same segment that are not after them, and 0 is padding."""
         hidden_BTH = self.model(input_ids_BT, segment_ids_BT)
         if self.is_initializing():
