@@ -21,6 +21,10 @@ def find_file(source: str, name: str, options: Mapping[str, Any]) -> str:
     """
     if os.path.isfile(source):
         return source
+    if os.path.isdir(source):
+        if not os.path.isfile(os.path.join(source, name)):
+            raise FileNotFoundError(f"there is no {name} in it")
+        return os.path.join(source, name)
     options = {key: value for key, value in options.items() if key in ("cache_dir", "token", "revision")}
     path = cached_file(source, name, **options)
     if path is None:
@@ -49,7 +53,7 @@ LEADS_ASTRAY = {  # what is in messages of transformers, and what to say instead
     "Repo id must be": "there is no such directory, and no repository of the Hub can have that name",
     "custom code": "it comes with code of its own, which is not run",
     "not NoneType|'NoneType' object|model_proto": "a file that its class needs is missing",
-    "SentencePiece and Tiktoken failed": "it is cut short or damaged, or of tiktoken: pip install tiktoken blobfile",
+    "[Tt]ik[Tt]oken": "it is cut short or damaged, or of tiktoken: pip install tiktoken blobfile",
 }
 
 

@@ -374,8 +374,8 @@ def test_a_configuration_of_the_hub(load_pushed):
         ({"config.json": json.dumps(BERT | {"layer_norm_eps": 1})}, {}, ".*'layer_norm_eps' expected float, got int"),
         ({"config.json": "{}"}, {}, "no configuration can be loaded: its config.json has no model_type"),
         ({"README.md": "nothing"}, {}, "no configuration can be loaded: there is no config.json in that repository"),
-        ({"config.json": json.dumps(BERT)}, {"token": "hf_bad"}, "no configuration can be loaded: there is no such directory, .* token"),
-        ({"config.json": json.dumps(BERT)}, {"model_revision": "0" * 40}, "no configuration can be loaded: 0{40} is not a valid"),
+        ({"config.json": json.dumps(BERT)}, {"token": "hf_bad"}, "no configuration can be loaded: there is no such directory"),
+        ({"config.json": json.dumps(BERT)}, {"model_revision": "0" * 40}, "no configuration can be loaded: 0+ is not a valid"),
         (
             {"config.json": json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}})}, {},
             "no configuration can be loaded: it comes with code of its own, which is not run unless --trust_remote_code",
