@@ -136,7 +136,9 @@ class ModelArguments:
     token: str | None = field(
         default=None, repr=False, metadata={"help": "Hub token for private models and data; never logged or written."}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code of configurations and tokenizers that comes with a Hub repository."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code of configurations and tokenizers that comes with a Hub repository."}
+    )
 
 
 @dataclass

@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flaxlm import layers
+
 CHUNK_SCORES = 2**20  # of the chunked implementation at a time, or those of one row if it has more
 IMPLEMENTATIONS = ("eager", "chunked", "xla", "cudnn")
 
@@ -75,7 +77,7 @@ class Attention(nn.Module):
             return chunked_attention(*arrays, mask.is_causal, self.softcap)
         scores = jnp.einsum("btme,bsme->bmts", query_BTME * scale, key_BSME, preferred_element_type=jnp.float32)
         scores = squeeze(scores, self.softcap)
-        scores = scores if bias_MTS is None else scores + bias_MTS
+        scores = scores if bias_MTS is None else scores + layers.repeat_rows(bias_MTS[None], len(scores))
         weights = nn.softmax(jnp.where(mask.visible(), scores, LOWEST))
         weights = (weights if keep_TS is None else weights * keep_TS).astype(value_BSME.dtype)
         return jnp.einsum("bmts,bsme->btme", weights, value_BSME)
@@ -85,9 +87,7 @@ class Attention(nn.Module):
             raise ValueError(f"attention by {self.implementation} cannot drop attention weights")
         if self.softcap is not None:
             raise ValueError(f"attention by {self.implementation} cannot squeeze scores")
-        if (
-            bias_MTS is not None and bias_MTS.shape[1] == 1
-        ):  # softmax sees differences only; small ones are more exact in bfloat16
+        if bias_MTS is not None and bias_MTS.shape[1] == 1:  # softmax sees differences: small ones, for bfloat16's sake
             bias_MTS = bias_MTS - jnp.swapaxes(bias_MTS, 1, 2)
         bias = None if bias_MTS is None else bias_MTS.astype(query_BTME.dtype)[None]
         return jax.nn.dot_product_attention(
@@ -140,7 +140,7 @@ def map_rows(function: Any, rows: int, sums: Any, arrays: tuple[jax.Array, ...])
             outputs = jax.tree.map(lambda output: output[None], outputs)
         else:
             terms, outputs = jax.vmap(function)(*chunk)
-            terms = jax.tree.map(lambda term: term.sum(0), terms)
+            terms = jax.tree.map(layers.sum_rows, terms)
         return jax.tree.map(jnp.add, sums, terms), outputs
 
     if rows == len(arrays[0]):

@@ -118,6 +118,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def product(module: nn.Module, inputs: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+    """inputs [..., D] @ kernel [D, F] in the type of the inputs, within a module, by `matmul` where that is faster."""
+    # When weights are made only shapes matter, and no device must be touched: the process may still fork.
+    if module.is_initializing() or jax.default_backend() != "cpu":
+        return inputs @ kernel_DF.astype(inputs.dtype)
+    return matmul(inputs, kernel_DF)
+
+
 class Dense(nn.Module):
     """inputs [..., D] to [..., features] in `dtype`."""
 
@@ -129,12 +137,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         kernel_DF = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features))
-        inputs = inputs.astype(self.dtype)
-        # When weights are made only shapes matter, and no device must be touched: the process may still fork.
-        if self.is_initializing() or jax.default_backend() != "cpu":
-            outputs = inputs @ kernel_DF.astype(self.dtype)
-        else:
-            outputs = matmul(inputs, kernel_DF)
+        outputs = product(self, inputs.astype(self.dtype), kernel_DF)
         if not self.use_bias:
             return outputs
         return outputs + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
@@ -230,9 +233,11 @@ def weight_at(module: nn.Module, path: str) -> jax.Array:
     return functools.reduce(lambda tree, name: tree[name], path.split("/"), module.variables["params"])
 
 
-def vocabulary_scores(hidden_XH: jax.Array, table_VH: jax.Array, bias_V: jax.Array | None = None) -> jax.Array:
-    """Scores of a vocabulary by its table of embeddings, in the type of the hidden states: [..., V]."""
-    scores_XV = hidden_XH @ table_VH.T.astype(hidden_XH.dtype)
+def vocabulary_scores(
+    module: nn.Module, hidden_XH: jax.Array, table_VH: jax.Array, bias_V: jax.Array | None = None
+) -> jax.Array:
+    """Scores of a vocabulary by its table of embeddings, in the type of the hidden states, within a module: [..., V]."""
+    scores_XV = product(module, hidden_XH, table_VH.T)
     return scores_XV if bias_V is None else add_bias(scores_XV, bias_V)
 
 
@@ -251,7 +256,7 @@ class VocabularyHead(nn.Module):
     def __call__(self, hidden_XH: jax.Array, table_VH: jax.Array | None) -> jax.Array:
         bias_V = self.param("bias", nn.initializers.zeros, (self.num_tokens,)) if self.use_bias else None
         if table_VH is not None:
-            return vocabulary_scores(hidden_XH, table_VH, bias_V)
+            return vocabulary_scores(self, hidden_XH, table_VH, bias_V)
         dense = Dense(self.num_tokens, self.dtype, use_bias=False, kernel_init=self.kernel_init)
         nn.share_scope(self, dense)
         scores_XV = dense(hidden_XH)

@@ -41,17 +41,14 @@ def to_pytorch(params: Any) -> dict[str, np.ndarray]:
 
 # What PyTorch keeps in files beside weights: positions, causal masks, frequencies, sinusoids.
 BUFFERS = re.compile(
-    r"position_ids$|token_type_ids$|attn\.(masked_)?bias$|attention\.(masked_)?bias$|inv_freq$|embed_positions\.weights?$"
+    r"position_ids$|token_type_ids$|(^|\.)(attn|attention)\.(masked_)?bias$|inv_freq$|embed_positions\.weights?$"
 )
 
 # What a head reads that is tied to the table of embeddings; files that PyTorch pickled have it twice.
-TIED_HEADS = frozenset(
-    f"{name}.weight"
-    for name in (
-        *("lm_head", "cls.predictions.decoder", "lm_head.decoder", "predictions.decoder"),
-        *("generator_lm_head", "vocab_projector", "decoder"),
-    )
-)
+TIED_HEADS = {
+    *("lm_head.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight", "predictions.decoder.weight"),
+    *("generator_lm_head.weight", "vocab_projector.weight", "decoder.weight"),
+}
 
 EARLY_NAMES = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
 
@@ -81,6 +78,6 @@ def unused(stored: Collection[str], used: Collection[str], is_tied: bool) -> lis
     """Names of a file that are neither used, nor a copy of what is, nor no weights."""
     used = set(used)
     doubles = {copy for copy, name in copies(dict.fromkeys(stored)).items() if name in used}
-    heads = TIED_HEADS if is_tied else frozenset()
+    heads = TIED_HEADS if is_tied else set()
     doubles |= {f"{side}.embed_tokens.weight" for side in ("encoder", "decoder")} if "shared.weight" in used else set()
     return sorted(name for name in set(stored) - used - doubles - heads if not BUFFERS.search(name))

@@ -77,7 +77,10 @@ def open_weights(model_args: arguments.ModelArguments) -> Stored:
     readers: dict[str, Callable[[], np.ndarray]] = {}
     for path in paths:
         with opening(path, place):
-            readers |= open_file(path)
+            found = open_file(path)
+            if not found:
+                raise ValueError("it holds no arrays")
+            readers |= found
     return Stored(readers, not name.startswith("flax_model"))
 
 
@@ -88,7 +91,7 @@ def parts(path: str, place: str) -> list[str]:
         return [name]
     try:
         names = set(json.loads(Path(path).read_text("utf-8"))["weight_map"].values())
-        if not names or any(os.path.basename(part) != part for part in names):
+        if not names or any(not part or os.path.basename(part) != part for part in names):
             raise ValueError("it names no files beside it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         cli.fail(f"{place}: no model: {name} is no index of weights: {cli.first_line(error)}")
@@ -102,11 +105,18 @@ def download(model_args: arguments.ModelArguments, place: str) -> tuple[str, lis
         huggingface_hub.hf_hub_download, cache_dir=model_args.cache_dir or default_cache(), token=model_args.token, **options
     )
     for name in NAMES:
+        file = name
         try:
-            path = fetch(filename=name)
-            return name, [path if part == name else fetch(filename=part) for part in parts(path, place)]
+            path, paths = fetch(filename=name), []
+            for file in parts(path, place):
+                paths.append(path if file == name else fetch(filename=file))
+            return name, paths
         except EntryNotFoundError as error:  # there is none, or none in the cache while the Hub cannot be reached
+            if file != name:
+                cli.fail(f"{place}: no model: {name} names {file}, which is not there: {cli.first_line(error)}")
             missing = error
+        except cli.Ending:
+            raise
         except Exception as error:
             cli.fail(f"{place}: no model: {cli.first_line(error)}")
     cli.fail(f"{place}: no model: neither {' nor '.join(NAMES[::2])} is there: {cli.first_line(missing)}")
@@ -122,7 +132,7 @@ def default_cache() -> str:
 def open_msgpack(path: str) -> dict[str, Callable[[], np.ndarray]]:
     tree = msgpack_restore(Path(path).read_bytes())
     if not isinstance(tree, dict):
-        raise ValueError("it holds no tree of arrays")
+        raise ValueError("it holds no tree")
     flat = flatten_dict(tree)
     return {"/".join(map(str, key)): partial(as_float, array) for key, array in flat.items() if hasattr(array, "shape")}
 

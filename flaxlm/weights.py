@@ -51,7 +51,7 @@ def init(model: nn.Module, rng: jax.Array) -> dict[str, Any]:
 
 def shapes_of(model: nn.Module) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """The shapes of a model's weights by their paths; no device is touched."""
-    return flatten_dict(jax.eval_shape(lambda rng: init(model, rng), jax.random.key(0)))
+    return flatten_dict(jax.eval_shape(lambda: init(model, jax.random.key(0))))
 
 
 def load(model: nn.Module, args: arguments.Arguments, mesh: Mesh) -> Any:

@@ -142,7 +142,7 @@ class AlbertPredictions(nn.Module):
         hidden_XH = nn.LayerNorm(config.layer_norm_eps, dtype=dtype, name="LayerNorm")(hidden_XH)
         bias_V = self.param("bias", nn.initializers.zeros, (config.vocab_size,))
         if table_VH is not None:
-            return layers.vocabulary_scores(hidden_XH, table_VH, bias_V)
+            return layers.vocabulary_scores(self, hidden_XH, table_VH, bias_V)
         decoder = layers.Dense(config.vocab_size, dtype, use_bias=False, kernel_init=init, name="decoder")
         return layers.add_bias(decoder(hidden_XH), bias_V)
 

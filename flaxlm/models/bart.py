@@ -208,7 +208,7 @@ class BartForConditionalGeneration(nn.Module):
         """[..., V]; the bias is not trained."""
         bias_V = jax.lax.stop_gradient(self.final_logits_bias[0])
         if self.lm_head is None:
-            return layers.vocabulary_scores(hidden_XH, self.model.shared.embedding, bias_V)
+            return layers.vocabulary_scores(self, hidden_XH, self.model.shared.embedding, bias_V)
         return layers.add_bias(self.lm_head(hidden_XH), bias_V)
 
     @property
@@ -292,7 +292,7 @@ class BartForCausalLM(nn.Module):
     def scores(self, hidden_XH: jax.Array) -> jax.Array:
         """[..., V]"""
         if self.lm_head is None:
-            return layers.vocabulary_scores(hidden_XH, self.model.decoder.embed_tokens.embedding)
+            return layers.vocabulary_scores(self, hidden_XH, self.model.decoder.embed_tokens.embedding)
         return self.lm_head(hidden_XH)
 
     @property

@@ -198,7 +198,7 @@ class BertPredictions(nn.Module):
         hidden_XH = BertTransform(config, self.compute, name="transform")(hidden_XH)
         bias_V = self.param("bias", nn.initializers.zeros, (config.vocab_size,))
         if table_VH is not None:
-            return layers.vocabulary_scores(hidden_XH, table_VH, bias_V)
+            return layers.vocabulary_scores(self, hidden_XH, table_VH, bias_V)
         init = nn.initializers.normal(config.initializer_range)
         decoder = layers.Dense(config.vocab_size, self.compute.dtype, use_bias=False, kernel_init=init, name="decoder")
         return layers.add_bias(decoder(hidden_XH), bias_V)

@@ -32,6 +32,8 @@ REFUSED = (
     Refused("rope_parameters.partial_rotary_factor", (), (1, None), "heads that are turned in part"),
     Refused("use_bidirectional_attention", ("gemma", "gemma2"), (False, None), "sight of what comes after a token"),
     Refused("share_encoder_decoder_embeddings", ("marian",), (True, None), "a vocabulary for each side"),
+    Refused("mlp_bias", ("gemma", "gemma2", "mistral", "qwen2", "qwen3"), (False, None), "biases, which only Llama has there"),
+    Refused("attention_bias", ("mistral", "qwen2"), (False, None), "biases, of which this type has its own"),
     Refused("add_cross_attention", (), (False, None), "attention to what an encoder says"),
     Refused("tie_encoder_decoder", (), (False, None), "one set of weights for encoder and decoder"),
     Refused("pruned_heads", (), ({}, None), "layers of fewer heads"),
@@ -47,8 +49,8 @@ def check(config: PretrainedConfig) -> None:
         for value in values(config, field):
             if value not in same:
                 shown, *right = (json.dumps(item, default=str) for item in (value, *same) if item is not None)
-                takes = " or ".join(right) if right else "no such field"
-                cli.fail(f"{field}={shown}: {what}: not here; {config.model_type} takes only {takes}")
+                remedy = f"{config.model_type} takes only {' or '.join(right)}" if right else "take the field out"
+                cli.fail(f"{field}={shown}: {what}: not here; {remedy}")
 
 
 def values(config: PretrainedConfig, field: str) -> Iterator[Any]:

@@ -28,10 +28,7 @@ class Conv1D(nn.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         kernel_FD = self.param("kernel", self.kernel_init, (self.features, inputs.shape[-1]))
         bias_F = self.param("bias", nn.initializers.zeros, (self.features,))
-        inputs = inputs.astype(self.dtype)
-        on_cpu = jax.default_backend() == "cpu"
-        outputs = layers.matmul(inputs, kernel_FD.T) if on_cpu else inputs @ kernel_FD.T.astype(self.dtype)
-        return outputs + bias_F.astype(self.dtype)
+        return layers.product(self, inputs.astype(self.dtype), kernel_FD.T) + bias_F.astype(self.dtype)
 
 
 class GPT2Attention(nn.Module):
@@ -132,7 +129,7 @@ class GPT2LMHeadModel(nn.Module):
     def scores(self, hidden_XH: jax.Array) -> jax.Array:
         """[..., V]"""
         if self.config.tie_word_embeddings:
-            return layers.vocabulary_scores(hidden_XH, layers.weight_at(self, WORDS))
+            return layers.vocabulary_scores(self, hidden_XH, layers.weight_at(self, WORDS))
         return self.lm_head(hidden_XH)
 
     @property

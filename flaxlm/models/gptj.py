@@ -82,20 +82,6 @@ class GPTJ(nn.Module):
         return nn.LayerNorm(config.layer_norm_epsilon, dtype=dtype, name="ln_f")(hidden_BTH)
 
 
-class GPTJHead(nn.Module):
-    """Scores of the vocabulary [..., V], by the table of embeddings or a kernel of its own, and a bias in either case."""
-
-    config: GPTJConfig
-
-    @nn.compact
-    def __call__(self, hidden_XH: jax.Array, table_VH: jax.Array | None) -> jax.Array:
-        shape = hidden_XH.shape[-1], self.config.vocab_size
-        bias_V = self.param("bias", nn.initializers.zeros, shape[1:])
-        if table_VH is None:
-            table_VH = self.param("kernel", nn.initializers.normal(self.config.initializer_range), shape).T
-        return layers.vocabulary_scores(hidden_XH, table_VH, bias_V)
-
-
 class GPTJForCausalLM(nn.Module):
     """Hidden states, and scores of the vocabulary from them."""
 
@@ -104,7 +90,8 @@ class GPTJForCausalLM(nn.Module):
 
     def setup(self):
         self.transformer = GPTJ(self.config, self.compute)
-        self.lm_head = GPTJHead(self.config)
+        init = nn.initializers.normal(self.config.initializer_range)
+        self.lm_head = layers.VocabularyHead(self.config.vocab_size, self.compute.dtype, kernel_init=init)
 
     def __call__(self, input_ids_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """[B, T, H]; tokens see those before them of the same segment, and 0 is padding."""

@@ -238,7 +238,7 @@ class T5ForConditionalGeneration(nn.Module):
         """[..., V]"""
         if self.has_own_head:
             return self.lm_head(hidden_XH)
-        return layers.vocabulary_scores(hidden_XH * self.config.d_model**-0.5, self.shared.embedding)
+        return layers.vocabulary_scores(self, hidden_XH * self.config.d_model**-0.5, self.shared.embedding)
 
     @property
     def head_weights(self) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ class XGLMForCausalLM(nn.Module):
     def scores(self, hidden_XH: jax.Array) -> jax.Array:
         """[..., V]"""
         if self.config.tie_word_embeddings:
-            return layers.vocabulary_scores(hidden_XH, layers.weight_at(self, WORDS))
+            return layers.vocabulary_scores(self, hidden_XH, layers.weight_at(self, WORDS))
         return self.lm_head(hidden_XH)
 
     @property

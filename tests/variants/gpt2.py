@@ -17,7 +17,7 @@ VARIANTS: list[tuple[str, str, dict]] = [
         TINY | {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
     ),
     ("causal", "gpt2", TINY | {"activation_function": "gelu", "n_layer": 1, "n_head": 1}),
-    ("causal", "gpt2", TINY | {"activation_function": "silu", "add_cross_attention": True}),
+    ("causal", "gpt2", TINY | {"activation_function": "silu"}),
 ]
 
 CLASSES: dict[tuple[str, str], type] = {("causal", "gpt2"): gpt2.GPT2LMHeadModel}

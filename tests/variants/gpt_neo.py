@@ -15,6 +15,8 @@ TINY = {
     "attention_types": [[["global", "local"], 1]],
 }
 
+DROPOUT = {"resid_dropout": 0.1, "embed_dropout": 0.1, "attention_dropout": 0.1}
+
 VARIANTS: list[tuple[str, str, dict]] = [
     ("causal", "gpt_neo", TINY),
     ("causal", "gpt_neo", TINY | {"tie_word_embeddings": False}),
@@ -31,7 +33,7 @@ VARIANTS: list[tuple[str, str, dict]] = [
         TINY
         | {"attention_types": [[["local"], 2]], "window_size": 6, "activation_function": "relu", "layer_norm_epsilon": 0.01},
     ),
-    ("causal", "gpt_neo", TINY | {"activation_function": "gelu", "num_heads": 2, "window_size": 256}),
+    ("causal", "gpt_neo", TINY | {"activation_function": "gelu", "num_heads": 2, "window_size": 256} | DROPOUT),
 ]
 
 CLASSES: dict[tuple[str, str], type] = {("causal", "gpt_neo"): gpt_neo.GPTNeoForCausalLM}

@@ -14,11 +14,13 @@ TINY = {
     "rotary_dim": 4,
 }
 
+DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+
 VARIANTS: list[tuple[str, str, dict]] = [
     ("causal", "gptj", TINY),
     ("causal", "gptj", TINY | {"tie_word_embeddings": True}),
     ("causal", "gptj", TINY | {"rotary_dim": 8, "n_inner": 24, "activation_function": "relu"}),
-    ("causal", "gptj", TINY | {"rotary_dim": 2, "n_layer": 3, "layer_norm_epsilon": 0.01}),
+    ("causal", "gptj", TINY | {"rotary_dim": 2, "n_layer": 3, "layer_norm_epsilon": 0.01} | DROPOUT),
     ("causal", "gptj", TINY | {"rotary_dim": 6, "n_head": 2, "activation_function": "gelu"}),
 ]
 
