@@ -8,7 +8,7 @@ import pytest
 from transformers import BertConfig, BigBirdConfig, RobertaConfig
 
 import run_mlm_flax as script
-from flaxlm import configurations
+from flaxlm import tokenization
 from tests.conftest import TINY
 
 
@@ -143,10 +143,9 @@ def test_no_text_column(mistake, flags, tmp_path):
 
 def test_tokenizer_without_mask_token(mistake, flags, byte_level_tokenizer, tmp_path):
     byte_level_tokenizer.save_pretrained(tmp_path / "maskless")
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        values = json.loads((tmp_path / "maskless" / name).read_text())
-        values["mask_token"] = None
-        (tmp_path / "maskless" / name).write_text(json.dumps(values | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    path = tmp_path / "maskless" / "tokenizer_config.json"
+    changes = {"mask_token": None, "tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     line = mistake(*flags, "--tokenizer_name", tmp_path / "maskless")
     assert "has no mask_token, needed to hide words" in line
 
@@ -191,7 +190,7 @@ def test_rows_that_do_not_fit_sparse_attention(mistake, flags, row_flags, expect
 def test_rows_too_short_for_sparse_attention(monkeypatch):
     """Full attention, as PyTorch gives them, and a line that says so."""
     messages = []
-    monkeypatch.setattr(configurations.logger, "info", lambda message, *args: messages.append(message % args))
+    monkeypatch.setattr(tokenization.logger, "info", lambda message, *args: messages.append(message % args))
     config = BigBirdConfig(block_size=4, num_random_blocks=1)
     for row_length, attention_type in ((32, "block_sparse"), (28, "original_full"), (27, "original_full")):
         script.DataTrainingArguments().adapt_config(config, row_length)

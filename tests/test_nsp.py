@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import BertConfig, BertTokenizerFast, BigBirdConfig
+from transformers import BertConfig, BertTokenizer, BigBirdConfig
 
 import prepare_model_dir
 import run_pretraining_flax as script
@@ -45,13 +45,13 @@ def topic_document(np_rng: np.random.Generator, num_sentences: int = 12) -> str:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> BertTokenizerFast:
+def tokenizer() -> BertTokenizer:
     """One token per pseudo word: it depends on no corpus."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *map(word, range(NUM_TOPICS * WORDS_PER_TOPIC))]
     tokenizer = Tokenizer(models.WordPiece({name: i for i, name in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return BertTokenizerFast(tokenizer_object=tokenizer, do_lower_case=True, model_max_length=64)
+    return BertTokenizer(tokenizer_object=tokenizer, do_lower_case=True, model_max_length=64)
 
 
 @pytest.fixture(scope="module")
