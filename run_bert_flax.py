@@ -136,7 +136,7 @@ def fit_config(config: PretrainedConfig, args: TimingArguments) -> None:
     origin = configurations.Origin(f"--model_name_or_path {args.model_name_or_path}: config.json")
     configurations.check_values(config.to_dict(), type(config), origin)
     configurations.check_sizes(config, origin)
-    configurations.give_full_attention(config, args.seq_length)
+    configurations.give_full_attention(config, args.seq_length, "lower --seq_length")
     models.check(config, "auto")
     limit = configurations.max_positions(config)
     if limit is not None and args.seq_length > limit:

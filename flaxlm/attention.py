@@ -60,7 +60,17 @@ class Attention(nn.Module):
     softcap: float | None = None
 
     def __call__(self, query_BTME, key_BSME, value_BSME, mask: Mask, bias_MTS: jax.Array | None = None) -> jax.Array:
-        """[B, T, M, E]; keys and values may have fewer heads, which are shared; the bias is float32, T or M may be 1."""
+        """[B, T, M, E]; keys and values may have fewer heads, which are shared; the bias is float32, T or M may be 1.
+
+        A token gets 0 that sees none: one of a text of which the encoder was shown nothing.
+        """
+        attended_BTME = self.attend(query_BTME, key_BSME, value_BSME, mask, bias_MTS)
+        if mask.query_segments is mask.key_segments:  # all see themselves
+            return attended_BTME
+        sees_any_BT = (mask.query_segments[:, :, None] == mask.key_segments[:, None]).any(-1)
+        return jnp.where(sees_any_BT[:, :, None, None], attended_BTME, 0)
+
+    def attend(self, query_BTME, key_BSME, value_BSME, mask: Mask, bias_MTS: jax.Array | None) -> jax.Array:
         scale = 1 / math.sqrt(query_BTME.shape[-1]) if self.scale is None else self.scale
         if self.implementation in ("xla", "cudnn"):
             return self.by_jax(query_BTME, key_BSME, value_BSME, mask, bias_MTS, scale)

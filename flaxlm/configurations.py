@@ -365,13 +365,15 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return limit
 
 
-def give_full_attention(config: PretrainedConfig, row_length: int) -> None:
+def give_full_attention(
+    config: PretrainedConfig, row_length: int, remedy: str = "add --config_overrides attention_type=original_full"
+) -> None:
     """BigBird's sparse attention is not here; rows too short for it have full attention in PyTorch too."""
     if config.model_type != "big_bird" or config.attention_type != "block_sparse":
         return
     longest_full = (5 + 2 * config.num_random_blocks) * config.block_size
     if row_length > longest_full:
-        advice = f"rows of more than {longest_full} tokens would have it: add --config_overrides attention_type=original_full"
-        cli.fail(f"attention_type=block_sparse: sparse attention is not here, and {advice}")
+        reason = f"sparse attention is not here, and rows of more than {longest_full} tokens would have it"
+        cli.fail(f"attention_type=block_sparse: {reason}: {remedy}")
     config.attention_type = "original_full"
     logger.info("attention_type=original_full: rows of at most %d tokens have full attention.", longest_full)

@@ -61,12 +61,14 @@ def find(stored: Collection[str], paths: Iterable[tuple[str, ...]], is_pytorch: 
     """
     paths = list(paths)
     names = {path: pytorch_name(path, 0)[0] if is_pytorch else "/".join(path) for path in paths}
-    dot, found = "." if is_pytorch else "/", {}
-    others = {name: copy for copy, name in copies(dict.fromkeys([*names.values(), *stored])).items()}
+    dot, found, others = "." if is_pytorch else "/", {}, {}
+    for copy, name in copies(dict.fromkeys([*names.values(), *stored])).items():
+        others.setdefault(name, []).append(copy)
+    idle = set(copies(dict.fromkeys(names.values())).values())  # with a head of its own PyTorch computes with the copies
     bodies = {path[0] for path in paths if len(path) > 3}
     bodies = {body for body in bodies if not any(name.startswith(body + dot) for name in stored)}
     for path, name in names.items():
-        candidates = [name, *([others[name]] if name in others else [])]
+        candidates = [name, *others.get(name, [])][:: -1 if name in idle else 1]
         if path[0] in bodies:
             candidates.append(name.partition(dot)[2])
         candidates += [candidates[-1].replace(now, then) for now, then in EARLY_NAMES]
@@ -77,7 +79,9 @@ def find(stored: Collection[str], paths: Iterable[tuple[str, ...]], is_pytorch: 
 def unused(stored: Collection[str], used: Collection[str], is_tied: bool) -> list[str]:
     """Names of a file that are neither used, nor a copy of what is, nor no weights."""
     used = set(used)
-    doubles = {copy for copy, name in copies(dict.fromkeys(stored)).items() if name in used}
+    pairs = copies(dict.fromkeys(stored)).items()
+    same = used | {name for copy, name in pairs if copy in used}
+    doubles = same | {copy for copy, name in pairs if name in same}
     heads = TIED_HEADS if is_tied else set()
     doubles |= {f"{side}.embed_tokens.weight" for side in ("encoder", "decoder")} if "shared.weight" in used else set()
     return sorted(name for name in set(stored) - used - doubles - heads if not BUFFERS.search(name))

@@ -107,6 +107,7 @@ def read(model: nn.Module, model_args: arguments.ModelArguments) -> dict[tuple[s
     if not names:
         some = ", ".join(sorted(stored.keys())[:3])
         cli.fail(f"{place}: no model: its files hold none of the weights of {type(model).__name__}, but {some}, ...")
+    check_one_table(stored, names, place)
     found, resized = {}, []
     for path, shape in shapes_of(model).items():
         if path not in names:
@@ -130,6 +131,14 @@ def read(model: nn.Module, model_args: arguments.ModelArguments) -> dict[tuple[s
     )
     tell("Not used of the files", layouts.unused(stored.keys(), names.values(), model.config.tie_word_embeddings))
     return found
+
+
+def check_one_table(stored: weight_files.Stored, names: Mapping[tuple[str, ...], str], place: str) -> None:
+    """Refuse a BART whose sides have tables of embeddings of their own, as PyTorch trains it where the head has one too."""
+    tables = [f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder")]
+    is_one = ("model", "shared", "embedding") in names and set(tables) <= stored.keys()
+    if is_one and not np.array_equal(*map(stored.read, tables)):
+        cli.fail(f"{place}: no model: {' and '.join(tables)} differ; here encoder and decoder have one table")
 
 
 def add_rows(array: np.ndarray, shape: tuple[int, ...], num_tokens: int) -> np.ndarray:

@@ -9,6 +9,7 @@ were trained on and write down what is missing, or the whole. The baseline alway
 """
 
 import argparse
+import functools
 import importlib
 import json
 import sys
@@ -36,9 +37,8 @@ class Writer:
     """A model that writes one token after the other. It reads all that is there again for each: these models are small."""
 
     def __init__(self, model: nn.Module, params: Any):
-        self.params, self.has_decoder = params, models.has_decoder(model)
-        self.scores = jax.jit(self.scores_of_next, static_argnums=0)
-        self.model = model
+        self.model, self.params, self.has_decoder = model, params, models.has_decoder(model)
+        self.scores = jax.jit(functools.partial(self.scores_of_next, model))
 
     def scores_of_next(self, model: nn.Module, params: Any, source: tuple, ids_BT: jax.Array, position: int) -> jax.Array:
         """Scores of the token behind `position`: [B, V]."""
@@ -52,7 +52,7 @@ class Writer:
         T = begun_BT.shape[1]
         ids = np.pad(begun_BT, ((0, 0), (0, num_tokens)))
         for position in range(T, T + num_tokens):
-            scores = self.scores(self.model, self.params, source, ids, position - 1)
+            scores = self.scores(self.params, source, ids, position - 1)
             key = jax.random.fold_in(jax.random.key(0), position)
             drawn = jax.random.categorical(key, scores / temperature) if temperature else scores.argmax(-1)
             ids[:, position] = drawn

@@ -93,6 +93,23 @@ def test_chunked_attention_saves_memory(monkeypatch):
     assert eager - chunked > 2 * 2 * 4 * 16 * 8 * 64 * 64  # two arrays of all scores for each layer but the one at work
 
 
+@pytest.mark.parametrize("implementation", ["eager", "chunked", "xla"])
+def test_who_sees_nothing_gets_nothing(implementation):
+    """Of a text that is only in the decoder: neither a mean of other texts nor NaN, and no gradient."""
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((1, length, 2, 8)), jnp.float32) for length in (5, 6, 6))
+    mask = attention.Mask(jnp.array([[1, 2, 2, 3, 0]]), jnp.array([[1, 1, 3, 3, 3, 3]]))
+
+    def attend(query, key, value):
+        return attention.Attention(implementation).apply({}, query, key, value, mask)
+
+    output = attend(query, key, value)
+    assert np.abs(output).max(axis=(0, 2, 3)).astype(bool).tolist() == [True, False, False, True, False]
+    grads = jax.grad(lambda *arrays: jnp.square(attend(*arrays)).sum(), (0, 1, 2))(query, key, value)
+    assert all(np.isfinite(grad).all() for grad in grads)
+    assert not np.asarray(grads[0])[:, [1, 2, 4]].any()
+
+
 def build(implementation: str) -> layers.Compute:
     """How a GPT-2 is computed that a run builds with this flag."""
     training_args = arguments.TrainingArguments(output_dir="", attention_implementation=implementation)

@@ -140,7 +140,7 @@ def test_spans_of_texts(name):
     rows, apart, together = collate_both(name)
     for key in ("input_ids", "labels", "label_weights"):
         np.testing.assert_array_equal(apart[key], together[key])
-    numbers, num_across = numbers_of(rows, -1), 0
+    numbers, num_across, num_hidden = numbers_of(rows, -1), 0, 0
     for row in range(NUM_ROWS):
         num_tokens = (rows["input_ids"][row] >= 0).sum()
         if num_tokens < 2 or row == 5:
@@ -152,6 +152,7 @@ def test_spans_of_texts(name):
             of_input += [number] * (span < 0 or begins)
             of_target += [number] * ((span >= 0) + begins)
             num_across += span >= 0 and not begins and numbers[row][place - 1] != number
+        num_hidden += len({*of_target} - {*of_input})
         last = numbers[row][num_tokens - 1]
         for key, expected in (("attention_mask", [*of_input, last]), ("decoder_attention_mask", [*of_target, last])):
             assert apart[key][row].tolist() == expected + [0] * (apart[key].shape[1] - len(expected))
@@ -159,6 +160,7 @@ def test_spans_of_texts(name):
         shifted = np.where([*starts_anew, False], PAD, [PAD, *apart["labels"][row][: len(of_target)]])
         np.testing.assert_array_equal(apart["decoder_input_ids"][row][: len(shifted)], shifted)
     assert num_across > 10
+    assert num_hidden > 1  # texts within one span, of which the encoder is shown nothing
 
 
 @pytest.mark.parametrize("name", ["bart", "bart of short spans"])
@@ -238,7 +240,7 @@ def test_spans_end_with_their_text(rate, plain_texts):
 
 # Of each script types with learned positions and sinusoids, with rotations, with biases by distance, and with windows.
 TYPES = {
-    "mlm": ("roberta", "bert", "distilbert", "roformer", "modernbert", "bart", "mbart"),
+    "mlm of words": ("roberta", "bert", "distilbert", "roformer", "modernbert", "bart", "mbart"),
     "clm": ("gpt2", "roberta", "gptj", "llama", "mistral", "gpt_neo", "bloom", "opt", "xglm", "bart"),
     "t5 of much noise": ("t5", "umt5"),
     "bart": ("bart", "pegasus", "blenderbot-small"),
@@ -288,4 +290,4 @@ def test_a_row_of_texts_is_each_text_alone(name, model_type):
     assert aux["weight"] == alone_aux["weight"] > 100
     assert aux["correct"] == alone_aux["correct"]
     assert float(loss) == pytest.approx(float(sum_of_losses), rel=1e-5)
-    assert abs(float(mixed) / float(loss) - 1) > 1e-3
+    assert abs(float(mixed) / float(loss) - 1) > 1e-4

@@ -116,8 +116,8 @@ def test_at_the_end_the_server_holds_what_output_dir_holds(hub, push, corpus):
     assert str(corpus.parent) not in card
     assert "![Training and evaluation curves](training_curves.png)" in card
     assert f"jax {json.loads((output_dir / 'run_info.json').read_text())['versions']['jax']}" in card
-    for model_class in ("RobertaForMaskedLM", "FlaxRobertaForMaskedLM"):
-        assert f'{model_class}.from_pretrained("{REPO}")' in card
+    assert f'model = RobertaForMaskedLM.from_pretrained("{REPO}")' in card
+    assert f'model, params = weights.from_pretrained("{REPO}", models.MASKED)' in card
 
 
 def test_card_without_the_hub(roberta_dir, corpus, tmp_path):

@@ -91,13 +91,28 @@ def test_early_names_of_norms(prefix):
 def test_a_table_under_its_other_name():
     """Of tensors that are one, PyTorch writes one, and not always that under the first name."""
     paths = ("model", "shared", "embedding"), ("lm_head", "kernel")
-    for name in ("model.shared.weight", "model.decoder.embed_tokens.weight"):
+    for name in ("model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"):
         stored = [name, "lm_head.weight"]
         assert layouts.find(stored, paths, is_pytorch=True) == dict(zip(paths, stored, strict=True))
     paths = ("predictions", "bias"), ("predictions", "decoder", "kernel")
     for name in ("predictions.bias", "predictions.decoder.bias"):
         stored = [name, "predictions.decoder.weight"]
         assert layouts.find(stored, paths, is_pytorch=True) == dict(zip(paths, stored, strict=True))
+
+
+def test_what_pytorch_computes_with():
+    """With a head of its own, which it keeps apart, the other bias and the other table are never trained; else they are one."""
+    both = ["cls.predictions.bias", "cls.predictions.decoder.bias", "cls.predictions.decoder.weight"]
+    kernel = ("cls", "predictions", "decoder", "kernel")
+    assert layouts.find(both, [BIAS, kernel], is_pytorch=True) == {BIAS: both[1], kernel: both[2]}
+    assert layouts.find(both, [BIAS], is_pytorch=True) == {BIAS: both[0]}
+    assert layouts.unused(both, both[1:], is_tied=False) == []
+    shared, head = ("model", "shared", "embedding"), ("lm_head", "kernel")
+    tables = ["model.shared.weight", *(f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder"))]
+    found = layouts.find([*tables, "lm_head.weight"], [shared, head], is_pytorch=True)
+    assert found == {shared: tables[2], head: "lm_head.weight"}
+    assert layouts.unused([*tables, "lm_head.weight"], [tables[2], "lm_head.weight"], is_tied=False) == []
+    assert layouts.find(tables, [shared], is_pytorch=True) == {shared: tables[0]}
 
 
 # ---- What is left over ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -427,9 +428,15 @@ def test_the_tokenizer_is_saved_as_it_was_loaded(truncation, roberta_dir, corpus
         tokenizer.enable_padding(pad_id=1, pad_token="<pad>", length=32)
         tokenizer.save(str(directory / "tokenizer.json"))
     flags = ["--train_file", corpus, "--max_steps", 1, "--max_train_samples", 16, "--max_eval_samples", 8]
-    loaded = json.loads((directory / "tokenizer.json").read_text())
+
+    def read(place: Path) -> dict:
+        """Without the difference between an empty prefix or suffix and none, which transformers does not make."""
+        fields = json.loads((place / "tokenizer.json").read_text())
+        none = {name: fields["model"][name] or None for name in ("continuing_subword_prefix", "end_of_word_suffix")}
+        return fields | {"model": fields["model"] | none}
+
+    loaded = read(directory)
     assert (loaded["truncation"] is not None) == (loaded["padding"] is not None) == bool(truncation)
     for name, more in (("first", ["--overwrite_cache"]), ("cached", []), ("rows", ["--overwrite_cache"])):
         run(tmp_path / name, directory, *flags, *more, *(["--line_by_line"] if name != "rows" else []))
-        saved = json.loads((tmp_path / name / "tokenizer.json").read_text())
-        assert saved == loaded, name
+        assert read(tmp_path / name) == loaded, name

@@ -427,6 +427,21 @@ def test_heads_with_the_weights_of_the_words(case, head, is_tied, messages_logge
         assert messages_logged == [f"Fresh, since the files have no such weights: {name}"]
 
 
+def test_tables_that_are_two(refuses, tmp_path):
+    """PyTorch trains one for each side if BART's head is its own; here there is one, and none is dropped without a word."""
+    model = tiny_model(run_bart_dlm_flax, "bart", tie_word_embeddings=False)
+    params = random_params(model)
+    state = layouts.to_pytorch(params)
+    names = "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"
+    for name in names:
+        state[name] = state[name] + 1
+    write_pytorch(tmp_path, model, state)  # and none of them is model.shared.weight, with which nothing is computed
+    np.testing.assert_array_equal(read(tmp_path, model)["model.shared.embedding"], state[names[0]])
+    write_pytorch(tmp_path, model, state | {names[0]: state[names[0]] + 1})
+    with refuses(f"no model: {' and '.join(names)} differ; here encoder and decoder have one table$"):
+        read(tmp_path, model)
+
+
 def test_numbers_of_half_the_size(tmp_path):
     """bfloat16 and float16 are read exactly."""
     model = tiny_model(run_clm_flax, "llama")
