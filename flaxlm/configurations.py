@@ -35,8 +35,8 @@ def read_config(source: str, flag: str, **options) -> PretrainedConfig:
     # transformers would guess a configuration from the path, if there is a model type somewhere in it.
     if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
         cli.fail(f"{flag} {source}: no configuration can be loaded: there is no config.json in it")
-    options = {"trust_remote_code": False} | options
-    with repositories.reading(f"{flag} {source}: no configuration can be loaded", options):
+    flags, options = options, {"trust_remote_code": False} | options
+    with repositories.reading(f"{flag} {source}: no configuration can be loaded", flags):
         fields, problem = repositories.read_json_object(repositories.find_file(source, "config.json", options))
         kind, is_foreign = str(fields.get("model_type")), "auto_map" in fields and options["trust_remote_code"]
         if problem:

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import _http
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from flaxlm import arguments, configurations
+from flaxlm import arguments, configurations, models
 from tests.conftest import TINY
 from tests.hub_server import serve
 
@@ -52,16 +52,7 @@ def test_model_type_alone_and_config_overrides(byte_level_tokenizer, corpus, tmp
 
 
 # The types of the training scripts, by what is trained.
-TYPES = {
-    "mlm": "albert bert distilbert electra mbart bart roberta roberta-prelayernorm roformer xlm-roberta modernbert",
-    "clm": "gpt2 gpt_neo gptj opt xglm bloom llama mistral gemma gemma2 qwen2 qwen3 bart bert roberta electra",
-    "t5": "t5 mt5 longt5 umt5",
-    "bart": "bart mbart",
-}  # fmt: skip
-MODELS = {
-    name: arguments.ModelClasses(None, {CONFIG_MAPPING[model_type]: None for model_type in types.split()})
-    for name, types in TYPES.items()
-}
+MODELS = {"mlm": models.MASKED, "clm": models.CAUSAL, "t5": models.SPANS, "bart": models.DENOISING}
 
 
 # ---- Configurations that are none ----------------------------------------------------------------------------------------
@@ -166,9 +157,9 @@ def test_a_field_of_the_wrong_kind_in_other_types(objective, model_type, field, 
 
 def test_default_configurations_are_right():
     """Of all types; and no field is refused for a value that another type's default has."""
-    for objective, models in MODELS.items():
-        for config_class in models.by_config:
-            load(objective, model_type=config_class.model_type)
+    for objective, classes in MODELS.items():
+        for model_type in classes:
+            load(objective, model_type=model_type)
 
 
 # ---- Overrides, and what follows from them -------------------------------------------------------------------------------
