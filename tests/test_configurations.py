@@ -323,7 +323,7 @@ def test_a_configuration_of_transformers_4(model_type, tmp_path):
     fields, expected = OLD[model_type]
     written = {"model_type": model_type, "transformers_version": "4.57.6", **fields}
     (tmp_path / "config.json").write_text(json.dumps(written))
-    objective = next(name for name, types in TYPES.items() if model_type in types.split())
+    objective = next(name for name, classes in MODELS.items() if model_type in classes)
     config = load(objective, config_name=str(tmp_path))
     assert {name: getattr(config, name) for name in expected} == expected
     config.save_pretrained(tmp_path)
