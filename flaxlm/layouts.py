@@ -72,6 +72,8 @@ def find(stored: Collection[str], paths: Iterable[tuple[str, ...]], is_pytorch: 
         if path[0] in bodies:
             candidates.append(name.partition(dot)[2])
         candidates += [candidates[-1].replace(now, then) for now, then in EARLY_NAMES]
+        if path == ("lm_head", "kernel") and is_pytorch:
+            candidates.append("shared.weight")  # T5 1.1 of transformers 5, which ties what was two tables
         found[path] = next((candidate for candidate in candidates if candidate in stored), None)
     return {path: name for path, name in found.items() if name is not None}
 

@@ -331,9 +331,10 @@ def test_no_field_is_left_out_without_a_word(case, tmp_path):
     """Each field of a type, with another value: it is refused, or our model and PyTorch's give the same scores with it."""
     (module, model_type), num_refused, num_same = CASES[case], 0, 0
     base = small_config(model_type, block_size=32, num_random_blocks=1)  # BigBird has full attention in rows of 80
+    general = PretrainedConfig().to_dict().keys() - {*OF_OLD, "tie_word_embeddings"}
     for name, value in (base.to_dict() | {name: getattr(base, name, False) for name in OF_OLD}).items():
         other = other_value(name, value)
-        if other is None or re.search(NOT_COMPARED, name):
+        if other is None or name in general or re.search(NOT_COMPARED, name):
             continue
         try:
             config = check_one(module, type(base)(**base.to_dict() | {name: other}))

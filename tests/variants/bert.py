@@ -11,7 +11,7 @@ TINY = {
     "intermediate_size": 24,
     "max_position_embeddings": 24,
 }
-FULL = TINY | {"attention_type": "original_full"}
+FULL = TINY | {"attention_type": "original_full", "sep_token_id": 3}
 UNTIED, CAUSAL = {"tie_word_embeddings": False}, {"is_decoder": True}
 
 VARIANTS: list[tuple[str, str, dict]] = [
