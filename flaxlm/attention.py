@@ -27,20 +27,15 @@ class Mask(NamedTuple):
     reach: jax.Array | int | None = None  # only what is at most so many tokens away
 
     def visible(self) -> jax.Array:
-        """Boolean [B, 1, T, S]."""
-        return jax.vmap(lambda *segments: visible(*segments, self.reach, self.is_causal))(*self[:2])[:, None]
-
-
-def visible(query_segments_T: jax.Array, key_segments_S: jax.Array, reach: jax.Array | None, is_causal: bool) -> jax.Array:
-    """Which tokens of a row see which: boolean [T, S]."""
-    visible_TS = query_segments_T[:, None] == key_segments_S
-    if is_causal or reach is not None:
-        behind_TS = jnp.arange(len(query_segments_T))[:, None] - jnp.arange(len(key_segments_S))
-        if is_causal:
-            visible_TS &= behind_TS >= 0
-        if reach is not None:
-            visible_TS &= jnp.abs(behind_TS) <= reach
-    return visible_TS
+        """Boolean [B, T, S]."""
+        visible_BTS = self.query_segments[:, :, None] == self.key_segments[:, None]
+        num_queries, num_keys = visible_BTS.shape[1:]
+        behind_TS = jnp.arange(num_queries)[:, None] - jnp.arange(num_keys)
+        if self.is_causal:
+            visible_BTS &= behind_TS >= 0
+        if self.reach is not None:
+            visible_BTS &= jnp.abs(behind_TS) <= self.reach
+        return visible_BTS
 
 
 class Attention(nn.Module):
@@ -82,13 +77,11 @@ class Attention(nn.Module):
             shape = query_BTME.shape[1], key_BSME.shape[1]
             keep_TS = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.dropout_rate, shape) / (1 - self.dropout_rate)
         if self.implementation == "chunked":
-            reach = None if mask.reach is None else jnp.asarray(mask.reach)
-            arrays = query_BTME * scale, key_BSME, value_BSME, bias_MTS, keep_TS, *mask[:2], reach
-            return chunked_attention(*arrays, mask.is_causal, self.softcap)
+            return chunked_attention(query_BTME * scale, key_BSME, value_BSME, mask.visible(), bias_MTS, keep_TS, self.softcap)
         scores = jnp.einsum("btme,bsme->bmts", query_BTME * scale, key_BSME, preferred_element_type=jnp.float32)
         scores = squeeze(scores, self.softcap)
         scores = scores if bias_MTS is None else scores + layers.repeat_rows(bias_MTS[None], len(scores))
-        weights = nn.softmax(jnp.where(mask.visible(), scores, LOWEST))
+        weights = nn.softmax(jnp.where(mask.visible()[:, None], scores, LOWEST))
         weights = (weights if keep_TS is None else weights * keep_TS).astype(value_BSME.dtype)
         return jnp.einsum("bmts,bsme->btme", weights, value_BSME)
 
@@ -101,7 +94,7 @@ class Attention(nn.Module):
             bias_MTS = bias_MTS - jnp.swapaxes(bias_MTS, 1, 2)
         bias = None if bias_MTS is None else bias_MTS.astype(query_BTME.dtype)[None]
         return jax.nn.dot_product_attention(
-            query_BTME, key_BSME, value_BSME, bias, mask.visible(), scale=scale, implementation=self.implementation
+            query_BTME, key_BSME, value_BSME, bias, mask.visible()[:, None], scale=scale, implementation=self.implementation
         )
 
 
@@ -116,23 +109,22 @@ def squeeze(scores: jax.Array, softcap: float | None) -> jax.Array:
 # ---- Some rows at a time -------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
-def chunked_attention(
-    query, key, value, bias, keep, query_segments, key_segments, reach, is_causal: bool, softcap: float | None = None
-) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def chunked_attention(query, key, value, visible, bias, keep, softcap: float | None = None) -> jax.Array:
     """Attention some rows of the batch at a time; the backward pass computes the scores again instead of keeping them.
 
     So no array of [batch, heads, queries, keys] is ever whole (Rabe & Staats 2021, arXiv:2112.05682). The query is scaled
-    already; `keep` [T, S] is 0 where dropout drops, else 1 / (1 - rate). Softmax is in float32.
+    already; `visible` is boolean [B, T, S], one array for all layers; `keep` [T, S] is 0 where dropout drops, else
+    1 / (1 - rate). Softmax is in float32.
     """
-    return chunked_attention_fwd(query, key, value, bias, keep, query_segments, key_segments, reach, is_causal, softcap)[0]
+    return chunked_attention_fwd(query, key, value, visible, bias, keep, softcap)[0]
 
 
-def scores_of_row(query, key, query_segments, key_segments, bias, reach, is_causal: bool, softcap: float | None) -> jax.Array:
+def scores_of_row(query, key, visible, bias, softcap: float | None) -> jax.Array:
     """[heads, queries, keys], in float32."""
     scores = squeeze(jnp.einsum("tme,sme->mts", query, key, preferred_element_type=jnp.float32), softcap)
     scores = scores if bias is None else scores + bias
-    return jnp.where(visible(query_segments, key_segments, reach, is_causal), scores, LOWEST)
+    return jnp.where(visible, scores, LOWEST)
 
 
 def rows_at_a_time(query: jax.Array, key: jax.Array) -> int:
@@ -160,9 +152,9 @@ def map_rows(function: Any, rows: int, sums: Any, arrays: tuple[jax.Array, ...])
     return sums, jax.tree.map(lambda output: output.reshape(-1, *output.shape[2:]), outputs)
 
 
-def chunked_attention_fwd(query, key, value, bias, keep, query_segments, key_segments, reach, is_causal: bool, softcap):
-    def attend_row(query, key, value, query_segments, key_segments):
-        scores = scores_of_row(query, key, query_segments, key_segments, bias, reach, is_causal, softcap)
+def chunked_attention_fwd(query, key, value, visible, bias, keep, softcap: float | None):
+    def attend_row(query, key, value, visible):
+        scores = scores_of_row(query, key, visible, bias, softcap)
         highest = scores.max(-1, keepdims=True)
         exponentials = jnp.exp(scores - highest)
         sums = exponentials.sum(-1, keepdims=True)
@@ -170,16 +162,16 @@ def chunked_attention_fwd(query, key, value, bias, keep, query_segments, key_seg
         output = jnp.einsum("mts,sme->tme", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
         return None, (output.astype(value.dtype), highest, sums)
 
-    inputs = query, key, value, query_segments, key_segments
+    inputs = query, key, value, visible
     _, (output, highest, sums) = map_rows(attend_row, rows_at_a_time(query, key), None, inputs)
-    return output, (inputs, bias, keep, reach, output, highest, sums)
+    return output, (inputs, bias, keep, output, highest, sums)
 
 
-def chunked_attention_bwd(is_causal: bool, softcap: float | None, residuals: tuple, cotangent: jax.Array) -> tuple:
-    inputs, bias, keep, reach, *softmax = residuals
+def chunked_attention_bwd(softcap: float | None, residuals: tuple, cotangent: jax.Array) -> tuple:
+    inputs, bias, keep, *softmax = residuals
 
-    def row_bwd(query, key, value, query_segments, key_segments, output, highest, sums, cotangent):
-        scores = scores_of_row(query, key, query_segments, key_segments, bias, reach, is_causal, softcap)
+    def row_bwd(query, key, value, visible, output, highest, sums, cotangent):
+        scores = scores_of_row(query, key, visible, bias, softcap)
         probabilities = jnp.exp(scores - highest) / sums
         weights_grad = jnp.einsum("tme,sme->mts", cotangent, value, preferred_element_type=jnp.float32)
         weights = probabilities
@@ -205,7 +197,7 @@ def chunked_attention_bwd(is_causal: bool, softcap: float | None, residuals: tup
     query, key = inputs[:2]
     sums = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
     sums, grads = map_rows(row_bwd, rows_at_a_time(query, key), sums, (*inputs, *softmax, cotangent))
-    return *grads, None if bias is None else sums.astype(bias.dtype), None, None, None, None
+    return *grads, None, None if bias is None else sums.astype(bias.dtype), None
 
 
 chunked_attention.defvjp(chunked_attention_fwd, chunked_attention_bwd)
