@@ -155,6 +155,13 @@ def test_fields_that_nothing_computes(module, model_type, fields, expected, refu
         make(module, model_name_or_path=str(tmp_path))
 
 
+def test_a_window_without_a_width(refuses, tmp_path):
+    fields = {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 1, "sliding_window": None}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with refuses("config.json: sliding_window=null: layers of sliding attention need one"):
+        make(CLM, config_name=str(tmp_path))
+
+
 TINY_LLAMA = "hidden_size=32,num_attention_heads=4,num_hidden_layers=1,intermediate_size=48,vocab_size=512"
 
 
