@@ -158,7 +158,7 @@ def test_fields_that_nothing_computes(module, model_type, fields, expected, refu
 def test_a_window_without_a_width(refuses, tmp_path):
     fields = {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 1, "sliding_window": None}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with refuses("config.json: sliding_window=null: layers of sliding attention need one"):
+    with refuses("config.json: sliding_window=null: must be the number of tokens seen"):
         make(CLM, config_name=str(tmp_path))
 
 
