@@ -53,6 +53,9 @@ import sys
 
 __version__ = "0.3.0"
 
+# The models are ours: transformers need not say at each start that PyTorch is missing.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 
 def begin(version: str, script: str, as_program: bool) -> None:
     """First thing in a script: is this the version of the package that it was written for?

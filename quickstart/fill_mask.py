@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from flaxlm import models, weights
+from flaxlm import models, weights  # noqa: I001 (first: it keeps transformers quiet)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 SENTENCES = (
     "Return the <mask> of the given object.",

@@ -21,10 +21,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 from fill_mask import count_tokens, unigram_baseline
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flaxlm import models, randomness, weights
 
