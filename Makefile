@@ -8,7 +8,7 @@ BUILD := quickstart/build
 # Large arrays in huge pages: on Linux CPUs a training step spends up to a third of its time on page faults without.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: quickstart quickstart-clm quickstart-t5 quickstart-bart quickstart-nsp test test-torch test-faults bench bench-vocab-head bench-host-pipeline bench-preprocessing bench-first-step style check-style clean
+.PHONY: quickstart quickstart-clm quickstart-t5 quickstart-bart quickstart-nsp test test-torch test-oldest test-faults bench bench-vocab-head bench-host-pipeline bench-preprocessing bench-first-step style check-style clean
 
 $(VENV)/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -60,6 +60,18 @@ test: $(VENV)/development
 test-torch: $(VENV)/torch
 	$(RUN) -m pytest -m torch
 
+## test-oldest: the oldest libraries that requirements.txt allows: a step of each script, in an environment of their own
+OLDEST := .venv-oldest
+$(OLDEST)/development: requirements.txt requirements-dev.txt
+	@echo "Installing the oldest libraries into $(OLDEST) ..."
+	@$(PYTHON) -m venv $(OLDEST)
+	@sed 's/>=/==/' requirements.txt > $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OLDEST)/requirements.txt -r requirements-dev.txt
+	@touch $@
+
+test-oldest: $(OLDEST)/development
+	$(OLDEST)/bin/python -m pytest tests/test_scripts.py -k golden
+
 ## test-faults: kill training twenty times at random moments; takes minutes
 test-faults: $(VENV)/development
 	$(RUN) -m pytest -m faults
@@ -96,4 +108,4 @@ check-style: $(VENV)/development
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf $(VENV) $(BUILD)
+	rm -rf $(VENV) $(OLDEST) $(BUILD)

@@ -29,33 +29,31 @@ try:
     import flaxlm
 except ImportError:
     print(
-        f"{Path(__file__).name}: error: needs the package flaxlm 0.2.0: install it, from a clone of its repository with"
+        f"{Path(__file__).name}: error: needs the package flaxlm 0.3.0: install it, from a clone of its repository with"
         " `pip install .`, or copy the folder flaxlm from there beside this script",
         file=sys.stderr,
     )
     raise SystemExit(2) from None
-flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
+flaxlm.begin("0.3.0", __file__, as_program=__name__ == "__main__")
 
 import datasets
 import numpy as np
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     CONFIG_MAPPING,
-    BartTokenizerFast,
-    BertTokenizerFast,
-    GPT2TokenizerFast,
+    BertTokenizer,
+    GPT2Tokenizer,
     PretrainedConfig,
     PreTrainedTokenizerFast,
-    RobertaTokenizerFast,
-    T5TokenizerFast,
+    RobertaTokenizer,
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from flaxlm import (
     arguments,
     cli,
+    configurations,
     files,
-    pretrained,
     randomness,
     text,
 )
@@ -250,8 +248,10 @@ def build_byte_level_bpe(
     )
     tokenizer.train_from_iterator(sample, trainer, length=len(sample))
     with tempfile.TemporaryDirectory() as directory:
-        vocab_file, merges_file = tokenizer.model.save(directory)
-        return family.tokenizer_class(vocab_file=vocab_file, merges_file=merges_file)
+        tokenizer.model.save(directory)
+        # A mask takes in the space before it, as in the published models.
+        mask = {"mask_token": AddedToken("<mask>", lstrip=True, normalized=False, special=True)}
+        return family.tokenizer_class.from_pretrained(directory, **(mask if "<mask>" in family.special_tokens else {}))
 
 
 def build_wordpiece(sample: TextSample, family: Family, vocab_size: int, args: PrepareArguments) -> PreTrainedTokenizerFast:
@@ -275,8 +275,8 @@ def build_wordpiece(sample: TextSample, family: Family, vocab_size: int, args: P
     )
     tokenizer.train_from_iterator(sample, trainer, length=len(sample))
     with tempfile.TemporaryDirectory() as directory:
-        (vocab_file,) = tokenizer.model.save(directory)
-        return family.tokenizer_class(vocab_file=vocab_file, do_lower_case=args.lowercase)
+        tokenizer.model.save(directory)
+        return family.tokenizer_class.from_pretrained(directory, do_lower_case=args.lowercase)
 
 
 def wordpiece_alphabet(sample: TextSample, tokenizer: Tokenizer, limit: int) -> list[str]:
@@ -298,7 +298,6 @@ def build_unigram(sample: TextSample, family: Family, vocab_size: int, args: Pre
     from t5_tokenizer_model import SentencePieceUnigramTokenizer, VocabularyTooSmallError  # check_tokenizer_flags saw it
 
     tokenizer = SentencePieceUnigramTokenizer(lowercase=args.lowercase)
-    # T5TokenizerFast would add the sentinels too, but forwards.
     added = MODE_TOKENS * args.mode_tokens + tuple(f"<extra_id_{i}>" for i in reversed(range(NUM_SENTINELS)))
     try:
         tokenizer.train_from_iterator(sample, vocab_size - len(added), sys.stderr.isatty(), length=len(sample))
@@ -306,37 +305,40 @@ def build_unigram(sample: TextSample, family: Family, vocab_size: int, args: Pre
         needed = error.needed + len(added)
         cli.fail(f"--vocab_size {vocab_size}: too small; special tokens and the characters of this text take {needed}")
     tokenizer.add_special_tokens(list(added))
-    return family.tokenizer_class(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), extra_ids=NUM_SENTINELS)
+    named = dict(zip(("pad_token", "eos_token", "unk_token"), family.special_tokens, strict=True))
+    # Not T5Tokenizer, which takes the pieces alone: normal form, digits and punctuation would be lost.
+    return family.tokenizer_class(
+        tokenizer_object=Tokenizer.from_str(tokenizer.to_str()),
+        extra_special_tokens=list(reversed(added)),
+        model_input_names=["input_ids", "attention_mask"],
+        **named,
+    )
 
 
-NUM_SENTINELS = 100  # what T5TokenizerFast expects
+NUM_SENTINELS = 100  # as the published models have
 MODE_TOKENS = ("[NLU]", "[NLG]", "[S2S]")
 ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-BART_IDS = {
-    "decoder_start_token_id": "eos_token_id",
-    "forced_bos_token_id": "bos_token_id",
-    "forced_eos_token_id": "eos_token_id",
-}
+BART_IDS = {"decoder_start_token_id": "eos_token_id", "forced_eos_token_id": "eos_token_id"}
 T5_TOKENS = ("<pad>", "</s>", "<unk>")
 T5_IDS = {"decoder_start_token_id": "pad_token_id"}
 T5_MIN_VOCAB_SIZE = len(T5_TOKENS) + NUM_SENTINELS + 2
 T5_V1_1_BASE = {
     "d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "feed_forward_proj": "gated-gelu",
-    "tie_word_embeddings": False,
+    "tie_word_embeddings": False,  # of which transformers 5 makes scale_decoder_outputs=false
 }  # fmt: skip
 FAMILIES = {
-    "roberta": Family(build_byte_level_bpe, RobertaTokenizerFast, ROBERTA_TOKENS, 50265, 256 + 5, "run_mlm_flax.py"),
-    "bert": Family(build_wordpiece, BertTokenizerFast, BERT_TOKENS, 30522, 5 + 1, "run_mlm_flax.py"),
-    "gpt2": Family(build_byte_level_bpe, GPT2TokenizerFast, ("<|endoftext|>",), 50257, 256 + 1, "run_clm_flax.py"),
+    "roberta": Family(build_byte_level_bpe, RobertaTokenizer, ROBERTA_TOKENS, 50265, 256 + 5, "run_mlm_flax.py"),
+    "bert": Family(build_wordpiece, BertTokenizer, BERT_TOKENS, 30522, 5 + 1, "run_mlm_flax.py"),
+    "gpt2": Family(build_byte_level_bpe, GPT2Tokenizer, ("<|endoftext|>",), 50257, 256 + 1, "run_clm_flax.py"),
     "bart": Family(
-        build_byte_level_bpe, BartTokenizerFast, ROBERTA_TOKENS, 50265, 256 + 5, "run_bart_dlm_flax.py", BART_IDS
+        build_byte_level_bpe, RobertaTokenizer, ROBERTA_TOKENS, 50265, 256 + 5, "run_bart_dlm_flax.py", BART_IDS
     ),
     "t5": Family(
-        build_unigram, T5TokenizerFast, T5_TOKENS, 32100, T5_MIN_VOCAB_SIZE, "run_t5_mlm_flax.py", T5_IDS, T5_V1_1_BASE
+        build_unigram, PreTrainedTokenizerFast, T5_TOKENS, 32100, T5_MIN_VOCAB_SIZE, "run_t5_mlm_flax.py", T5_IDS, T5_V1_1_BASE
     ),
     "mt5": Family(
-        build_unigram, T5TokenizerFast, T5_TOKENS, 250100, T5_MIN_VOCAB_SIZE, "run_t5_mlm_flax.py", T5_IDS
+        build_unigram, PreTrainedTokenizerFast, T5_TOKENS, 250100, T5_MIN_VOCAB_SIZE, "run_t5_mlm_flax.py", T5_IDS
     ),
 }  # fmt: skip
 
@@ -346,19 +348,19 @@ FAMILIES = {
 
 def load_base_config(args: PrepareArguments) -> PretrainedConfig:
     """The configuration to start from, with `config_overrides` applied and checked."""
-    origin = pretrained.Origin(f"--config_name {args.config_name}: config.json")
+    origin = configurations.Origin(f"--config_name {args.config_name}: config.json")
     if args.config_name is None:
         config = CONFIG_MAPPING[args.model_type](**FAMILIES[args.model_type].config)
     else:
-        config = pretrained.read_config(args.config_name, "--config_name", cache_dir=args.cache_dir, token=args.token)
+        config = configurations.read_config(args.config_name, "--config_name", cache_dir=args.cache_dir, token=args.token)
         if config.model_type not in FAMILIES:
             cli.fail(f"--config_name {args.config_name}: type {config.model_type} is not supported, only {', '.join(FAMILIES)}")
         if args.model_type not in (None, config.model_type):
             cli.fail(f"--model_type {args.model_type}: but --config_name {args.config_name} is of type {config.model_type}")
-        pretrained.check_values(config.to_dict(), type(config), origin)
+        configurations.check_values(config.to_dict(), type(config), origin)
     if args.config_overrides:
-        origin = origin._replace(overrides=pretrained.apply_config_overrides(config, args.config_overrides))
-    pretrained.check_sizes(config, origin)
+        origin = origin._replace(overrides=configurations.apply_config_overrides(config, args.config_overrides))
+    configurations.check_sizes(config, origin)
     for name in sorted(origin.overrides):
         if name.endswith("_token_id"):
             cli.fail(f"--config_overrides {name}: follows from the tokenizer and cannot be set")
@@ -410,7 +412,9 @@ def fit_to_each_other(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFa
     for config_name, tokenizer_name in (ids | FAMILIES[config.model_type].config_ids).items():
         setattr(config, config_name, getattr(tokenizer, tokenizer_name))
     config.architectures = None  # the training script decides
-    tokenizer.model_max_length = pretrained.max_positions(config) or VERY_LARGE_INTEGER  # T5 has relative positions: no limit
+    tokenizer.model_max_length = (
+        configurations.max_positions(config) or VERY_LARGE_INTEGER
+    )  # T5 has relative positions: no limit
 
 
 # Files by which AutoTokenizer or a model would take on traits of what was in the directory before.
@@ -438,13 +442,14 @@ def log_result(
     args: PrepareArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, asked: int, written: list[str]
 ) -> None:
     """Say what was made, and how to go on."""
-    limit = pretrained.max_positions(config)
+    limit = configurations.max_positions(config)
     cli.logger.info(
         "Vocabulary: %d entries of %d asked for, %d embeddings; rows of %s",
         len(tokenizer), asked, config.vocab_size, "any length" if limit is None else f"up to {limit} tokens",
     )  # fmt: skip
     if len(tokenizer) < asked:
-        lower = "--vocab_size" if isinstance(tokenizer, T5TokenizerFast) else "--vocab_size or --min_frequency"
+        is_unigram = FAMILIES[config.model_type].build_tokenizer is build_unigram
+        lower = "--vocab_size" if is_unigram else "--vocab_size or --min_frequency"
         cli.logger.warning("The text is too small for more entries; give more text, or a lower %s.", lower)
     cli.logger.info("Wrote to %s: %s", args.output_dir, ", ".join(written))
     data = ["--train_file", args.train_file] if args.train_file else ["--dataset_name", args.dataset_name]

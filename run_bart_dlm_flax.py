@@ -29,48 +29,40 @@ try:
     import flaxlm
 except ImportError:
     print(
-        f"{Path(__file__).name}: error: needs the package flaxlm 0.2.0: install it, from a clone of its repository with"
+        f"{Path(__file__).name}: error: needs the package flaxlm 0.3.0: install it, from a clone of its repository with"
         " `pip install .`, or copy the folder flaxlm from there beside this script",
         file=sys.stderr,
     )
     raise SystemExit(2) from None
-flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
+flaxlm.begin("0.3.0", __file__, as_program=__name__ == "__main__")
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from transformers import (
-    FLAX_MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    BartConfig,
-    BlenderbotConfig,
-    BlenderbotSmallConfig,
-    FlaxAutoModelForSeq2SeqLM,
-    FlaxPreTrainedModel,
-    MarianConfig,
-    MBartConfig,
-    PegasusConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from flaxlm import (
     arguments,
     batches,
     cli,
     command_line,
+    configurations,
     corpus,
     evaluation,
     hub,
     logs,
+    losses,
+    models,
     optimizers,
-    patches,
-    pretrained,
     processes,
     randomness,
     runs,
     sentences,
     sharding,
+    token_rows,
+    tokenization,
     weights,
 )
 
@@ -124,11 +116,6 @@ class DataTrainingArguments(arguments.DataArguments):
         if self.train_ref_file or self.validation_ref_file:
             cli.logger.warning("--train_ref_file and --validation_ref_file have no effect: spans of noise ignore words.")
 
-    def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
-        """Refuse what the Flax classes would silently leave out."""
-        if not getattr(config, "share_encoder_decoder_embeddings", True):
-            cli.fail("share_encoder_decoder_embeddings=False: Marian's Flax class has one vocabulary for both sides")
-
 
 # ---- Text to rows of tokens ----------------------------------------------------------------------------------------------
 
@@ -143,7 +130,7 @@ def tokenize_texts(
     texts = [text for text in batch[text_column] if text and not text.isspace()]
     if not texts:
         return {"input_ids": [], "sentence_starts": []}
-    with weights.tokenizer_as_loaded(tokenizer):
+    with tokenization.tokenizer_as_loaded(tokenizer):
         encoding = tokenizer(
             texts,
             return_attention_mask=False,
@@ -194,6 +181,8 @@ class Collator:
                 cli.fail(f"--tokenizer_name: has no {name}; use a tokenizer made for BART, prepare_model_dir.py trains one")
         # Rows of tokens: their columns with what fills them up, their length, and how text becomes tokens.
         self.columns = {"input_ids": -1, "sentence_starts": 0}
+        if data_args.document_attention:
+            self.columns[token_rows.TEXT_STARTS] = 0
         self.row_length, self.line_by_line, self.pad_to = max_seq_length, False, None
         self.tokenize_options = {"sentence_language": data_args.sentence_language}
         self.draws_per_row = 1 + 5 * max_seq_length  # uniform numbers that __call__ needs for a row
@@ -214,13 +203,14 @@ class Collator:
         """Collate N rows; `num_groups` does not matter, as no array is shared by rows.
 
         Args:
-            rows: `input_ids` int [N, T], -1 behind the end of a row, and `sentence_starts` [N, T], 1 where one starts.
+            rows: `input_ids` int [N, T], -1 behind the end of a row, and `sentence_starts` [N, T], 1 where one starts; and
+                `text_starts` if texts are apart. Then the decoder starts anew with each.
             uniforms_NR: float64 [N, draws_per_row] in [0, 1), the only source of randomness.
             is_real_N: bool [N]; rows that only fill up a batch are False and get no label.
 
         Returns:
-            input_ids, attention_mask, decoder_input_ids, labels int32 and label_weights float32, all [N, T]. Every token
-            of a row is a label, those at its ends too; padding is none.
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, labels int32 and label_weights float32,
+            all [N, T]. Every token of a row is a label, those at its ends too; padding is none.
         """
         in_row_NT = rows["input_ids"] >= 0
         labels_NT = np.where(in_row_NT, rows["input_ids"], self.pad_token_id).astype(np.int32)
@@ -228,38 +218,47 @@ class Collator:
         draws_5NT = np.moveaxis(uniforms_NR[:, 1 : 1 + 5 * T].reshape(N, 5, T), 1, 0)
         is_text_NT = in_row_NT & ~self.is_special_V[labels_NT]
 
-        input_ids_NT, noised_length_N = labels_NT, in_row_NT.sum(axis=1)
+        texts_NT = token_rows.number_texts(rows, in_row_NT)
+        input_ids_NT, attention_mask_NT = labels_NT, texts_NT
         if self.permute_sentence_ratio > 0:
-            input_ids_NT = self.permute(input_ids_NT, is_text_NT, rows["sentence_starts"] != 0, draws_5NT[0])
+            input_ids_NT = self.permute(input_ids_NT, is_text_NT, texts_NT, rows["sentence_starts"] != 0, draws_5NT[0])
         if self.mlm_probability > 0:
             draws = uniforms_NR[:, 0], draws_5NT[1:]
-            input_ids_NT, noised_length_N = self.infill(input_ids_NT, is_text_NT, in_row_NT, *draws)
-        decoder_input_ids_NT = np.empty_like(labels_NT)
-        decoder_input_ids_NT[:, 0] = self.decoder_start_token_id
-        decoder_input_ids_NT[:, 1:] = labels_NT[:, :-1]
+            input_ids_NT, attention_mask_NT = self.infill(input_ids_NT, is_text_NT, texts_NT, *draws)
+        decoder_input_ids_NT = np.full_like(labels_NT, self.decoder_start_token_id)
+        same_text_NT = (texts_NT[:, 1:] == texts_NT[:, :-1]) | ~in_row_NT[:, 1:]
+        decoder_input_ids_NT[:, 1:][same_text_NT] = labels_NT[:, :-1][same_text_NT]
         return {
             "input_ids": input_ids_NT,
-            "attention_mask": (np.arange(T) < noised_length_N[:, None]).astype(np.int32),
+            "attention_mask": attention_mask_NT,
             "decoder_input_ids": decoder_input_ids_NT,
+            "decoder_attention_mask": texts_NT,
             "labels": labels_NT,
             "label_weights": (in_row_NT & is_real_N[:, None]).astype(np.float32),
         }
 
     def permute(
-        self, input_ids_NT: np.ndarray, is_text_NT: np.ndarray, starts_NT: np.ndarray, uniforms_NT: np.ndarray
+        self,
+        input_ids_NT: np.ndarray,
+        is_text_NT: np.ndarray,
+        texts_NT: np.ndarray,
+        starts_NT: np.ndarray,
+        uniforms_NT: np.ndarray,
     ) -> np.ndarray:
         """Let ceil(ratio * m) of the m sentences of each document change places among themselves, at random.
 
         Position 0 stays: where a row begins in mid-text, that is the rest of a sentence, which follows on the row before.
         """
-        begins_NT = starts_NT | ~is_text_NT
+        is_border_NT = np.pad(texts_NT[:, 1:] != texts_NT[:, :-1], ((0, 0), (1, 0)))
+        begins_NT = starts_NT | ~is_text_NT | is_border_NT
         begins_NT[:, 1:] |= ~is_text_NT[:, :-1]
         begins_NT[:, 0] = True
         first_G = np.flatnonzero(begins_NT)  # stretches: sentences, and each other token by itself
         size_G = np.diff(first_G, append=begins_NT.size)
         moves_G = is_text_NT.reshape(-1)[first_G] & (first_G % begins_NT.shape[1] > 0)
         movable_S = np.flatnonzero(moves_G)
-        document_S = np.cumsum(~moves_G)[movable_S]  # what stays divides documents, and rows
+        is_border_G = ~moves_G | is_border_NT.reshape(-1)[first_G]  # what stays divides documents, and rows
+        document_S = np.cumsum(is_border_G)[movable_S]
 
         # The lowest numbers of a document choose its sentences, and their order is the new one: equally likely, all of them.
         order_S = np.lexsort((uniforms_NT.reshape(-1)[first_G[movable_S]], document_S))
@@ -278,11 +277,11 @@ class Collator:
         self,
         input_ids_NT: np.ndarray,
         is_text_NT: np.ndarray,
-        in_row_NT: np.ndarray,
+        texts_NT: np.ndarray,
         rounding_N: np.ndarray,
         draws_4NT: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Replace each span of text by one mask token; returns the rows, packed to the left, and their lengths [N].
+        """Replace each span of text by one mask token; returns the rows, packed to the left, and which texts they are of.
 
         Span lengths are Poisson. Spans of tokens take exactly the share asked for (the last one is cut, the share is rounded
         at random), do not overlap, and every arrangement is equally likely; a span across a border of documents is two.
@@ -314,9 +313,10 @@ class Collator:
         is_mask_NT = np.zeros((N, T), bool)
         is_mask_NT.reshape(-1)[text_positions[start_S]] = True
         is_mask_NT[:, 1:] |= is_hidden_NT[:, 1:] & ~is_hidden_NT[:, :-1]  # after a special token within a span
+        is_mask_NT[:, 1:] |= is_hidden_NT[:, 1:] & (texts_NT[:, 1:] != texts_NT[:, :-1])
         is_mask_NT[:, 0] |= is_hidden_NT[:, 0]
 
-        is_kept_NT = in_row_NT & ~is_hidden_NT
+        is_kept_NT = (texts_NT > 0) & ~is_hidden_NT
         num_out_NT = (is_kept_NT | is_mask_NT).astype(np.int64)
         # Before each span come empty ones, as many as zeros come in a row in Poisson numbers: geometric.
         exponential_NS = np.where(is_used_NS, -np.log1p(-empty_NT[:, :most]), 0)
@@ -326,11 +326,13 @@ class Collator:
         num_out_NT += self.insertions(num_out_NT.astype(bool) & is_text_NT, num_empty_N, empty_places_NT)
 
         end_NT = np.cumsum(num_out_NT, axis=1)
-        noised_length_N = end_NT[:, -1]
-        noised_NT = np.where(np.arange(T) < noised_length_N[:, None], self.mask_token_id, self.pad_token_id).astype(np.int32)
+        is_noised_NT = np.arange(T) < end_NT[:, -1:]
+        noised_NT = np.where(is_noised_NT, self.mask_token_id, self.pad_token_id).astype(np.int32)
         flat_place_NT = end_NT - 1 + T * np.arange(N)[:, None]
         noised_NT.reshape(-1)[flat_place_NT[is_kept_NT]] = input_ids_NT[is_kept_NT]
-        return noised_NT, noised_length_N
+        noised_texts_NT = np.zeros_like(texts_NT)
+        noised_texts_NT[is_noised_NT] = np.repeat(texts_NT.reshape(-1), num_out_NT.reshape(-1))
+        return noised_NT, noised_texts_NT
 
     @staticmethod
     def insertions(is_site_NT: np.ndarray, num_insertions_N: np.ndarray, uniforms_NT: np.ndarray) -> np.ndarray:
@@ -368,16 +370,11 @@ def choose(uniforms_NT: np.ndarray, num_items_N: np.ndarray, num_chosen_N: np.nd
 # ---- Loss ----------------------------------------------------------------------------------------------------------------
 
 
-# BART, and the families that are built and called like it.
-BART_CLASSES = {
-    config: FLAX_MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[config]
-    for config in (BartConfig, MBartConfig, BlenderbotConfig, BlenderbotSmallConfig, MarianConfig, PegasusConfig)
-}
-MODELS = arguments.ModelClasses(FlaxAutoModelForSeq2SeqLM, BART_CLASSES)
+MODELS = models.DENOISING
 
 
 def loss_fn(
-    params, batch: Mapping[str, jax.Array], dropout_rng: jax.Array, model: FlaxPreTrainedModel, train: bool
+    params, batch: Mapping[str, jax.Array], model: nn.Module, rngs: Mapping[str, jax.Array] | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sum of the cross-entropies of all tokens of one device's rows as they were before the noise, in float32.
 
@@ -385,11 +382,10 @@ def loss_fn(
         The sum, and {"weight": number of labels, "correct": labels that score highest}; all scalars, to be summed over
         micro-batches and devices before the division.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
-    weights_BT, bias_V = batch["label_weights"], params["final_logits_bias"].reshape(-1)  # the class adds it after its head
-    with patches.FusedHead(batch["labels"], weights_BT, model.config.vocab_size, bias_V) as head:
-        model(**inputs, params=params, dropout_rng=dropout_rng, train=train)
-    loss, correct = head.sums
+    inputs = batch["input_ids"], batch["attention_mask"], batch["decoder_input_ids"], batch["decoder_attention_mask"]
+    hidden_BTH = model.apply({"params": params}, *inputs, rngs=rngs)
+    weights_BT = batch["label_weights"]
+    loss, correct = losses.fused_cross_entropy(model, params, hidden_BTH, batch["labels"], weights_BT)
     return loss, {"weight": weights_BT.sum(), "correct": correct}
 
 
@@ -422,8 +418,8 @@ def train_step(
     def add_micro_batch(sums, indexed_micro_batch):
         index, micro_batch = indexed_micro_batch
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        with patches.fast_layers():
-            (loss, aux), grads = grad_fn(state.params, micro_batch, jax.random.fold_in(device_rng, index), train=True)
+        rngs = {"dropout": jax.random.fold_in(device_rng, index)}
+        (loss, aux), grads = grad_fn(state.params, micro_batch, rngs=rngs)
         return jax.tree.map(jnp.add, sums, (loss, aux["weight"], grads)), None
 
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
@@ -445,7 +441,7 @@ def train_step(
 def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict[str, jax.Array]:
     """Sums over the labels of one batch: loss, weight, correct; and "stop", above 0 if a process was told to stop."""
     rows = {name: array for name, array in batch.items() if name != "stop"}
-    loss, aux = loss_fn(params, rows, None, train=False)
+    loss, aux = loss_fn(params, rows)
     return jax.lax.psum({"loss": loss, **aux, "stop": batch["stop"].max()}, "data")
 
 
@@ -462,11 +458,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Text to rows of tokens. With one process nothing here touches a device, so that it can still be forked.
     with processes.main_first():
-        config = pretrained.load_config(model_args, MODELS)
-        tokenizer = pretrained.load_tokenizer(model_args)
-    patches.check_attention(training_args.attention_implementation, config, MODELS)
-    pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
-    row_length = pretrained.choose_row_length(data_args, config, tokenizer)
+        config = configurations.load_config(model_args, MODELS)
+        tokenizer = tokenization.load_tokenizer(model_args)
+    tokenization.match_config_and_tokenizer(config, tokenizer, model_args)
+    row_length = tokenization.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
     weights.check(config, args, MODELS)
     collator = Collator(tokenizer, config, data_args, row_length)
@@ -476,11 +471,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # Sizes, weights, optimizer, and two programs over all devices, which are compiled when they are first called.
     plan = batches.make_plan(training_args, data.num_train_rows, collator.row_length)
     mesh = sharding.make_mesh()
-    model, params = weights.load_model(config, args, MODELS, mesh)
+    model = models.build(config, args, MODELS)
+    params = weights.load(model, args, mesh)
     logs.log_plan(plan, data, collator.row_length, params)
     logs.advise_on_cpu(model_args.dtype)
     model_loss_fn = functools.partial(loss_fn, model=model)
-    model_loss_fn = patches.attention(training_args.attention_implementation, model)(model_loss_fn)
     learning_rate_fn = optimizers.make_learning_rate(training_args, plan)
     optimizer = optimizers.make_optimizer(training_args, learning_rate_fn)
     step_fn = functools.partial(train_step, loss_fn=model_loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)

@@ -13,7 +13,6 @@ of one compiled program, the weights lie on the device in the precision asked fo
 """
 
 import functools
-import inspect
 import itertools
 import os
 import sys
@@ -27,33 +26,20 @@ try:
     import flaxlm
 except ImportError:
     print(
-        f"{Path(__file__).name}: error: needs the package flaxlm 0.2.0: install it, from a clone of its repository with"
+        f"{Path(__file__).name}: error: needs the package flaxlm 0.3.0: install it, from a clone of its repository with"
         " `pip install .`, or copy the folder flaxlm from there beside this script",
         file=sys.stderr,
     )
     raise SystemExit(2) from None
-flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
+flaxlm.begin("0.3.0", __file__, as_program=__name__ == "__main__")
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import (
-    FLAX_MODEL_FOR_MASKED_LM_MAPPING,
-    FLAX_MODEL_MAPPING,
-    BertConfig,
-    FlaxAutoModel,
-    FlaxPreTrainedModel,
-    PretrainedConfig,
-)
+from transformers import BertConfig, PretrainedConfig
 
-from flaxlm import (
-    arguments,
-    cli,
-    patches,
-    pretrained,
-    randomness,
-    weights,
-)
+from flaxlm import arguments, cli, configurations, layers, models, randomness, weight_files, weights
 
 # Shape letters at the end of names: B  rows in a batch, T  tokens in a row. Model inputs keep their transformers names.
 
@@ -61,8 +47,7 @@ PRECISIONS = ("float32", "bfloat16")  # in the order of the table; ratios refer 
 NUM_INPUTS = 8  # different batches, timed in turn: enough that no result can be reused, few enough to lie on the device
 # Where these cannot be loaded, random weights take their place: BertConfig() describes exactly this model.
 BASE_MODELS = ("bert-base-uncased", "google-bert/bert-base-uncased")
-WEIGHT_SUFFIXES = (".msgpack", ".safetensors", ".bin", ".index.json")
-MODELS = arguments.ModelClasses(FlaxAutoModel, FLAX_MODEL_MAPPING)
+MODELS = {name: model for name, model in models.MASKED.items() if name not in ("bart", "mbart")}  # encoders
 
 
 # ---- Arguments -----------------------------------------------------------------------------------------------------------
@@ -113,37 +98,27 @@ def read_timing_arguments(argv: Sequence[str] | None) -> TimingArguments:
 # ---- Model and inputs ----------------------------------------------------------------------------------------------------
 
 
-def encoder_types() -> list[str]:
-    """Model types with a Flax class that reads text in both directions and has no decoder."""
-    configs = [config() for config in FLAX_MODEL_MAPPING if config in FLAX_MODEL_FOR_MASKED_LM_MAPPING]
-    return [config.model_type for config in configs if not config.is_encoder_decoder]
-
-
-def load_encoder(args: TimingArguments) -> tuple[type[FlaxPreTrainedModel], PretrainedConfig, Any]:
-    """The Flax class of the model, its configuration, and its weights as they are stored or drawn."""
-    source, options = args.model_name_or_path, {"cache_dir": args.cache_dir}
-    has_weights = not os.path.isdir(source) or any(name.endswith(WEIGHT_SUFFIXES) for name in os.listdir(source))
+def load_encoder(args: TimingArguments) -> tuple[PretrainedConfig, Any]:
+    """The configuration of the model, and its weights as they are stored or drawn."""
+    source = args.model_name_or_path
+    has_weights = not os.path.isdir(source) or weight_files.find(source) is not None
     try:
-        config = pretrained.read_config(source, "--model_name_or_path", **options)
+        config = configurations.read_config(source, "--model_name_or_path", cache_dir=args.cache_dir)
     except cli.Mistake as mistake:
         if not may_be_replaced(source, str(mistake)):
             raise
         config, has_weights = BertConfig(), False
     fit_config(config, args)
+    model, found = MODELS[config.model_type](config), {}
     if has_weights:
         try:
-            model = weights.read_weights(source, config, MODELS, options)
-            return type(model), config, model.params
-        except cli.Ending:
-            raise
-        except Exception as error:  # each library that reads weights has errors of its own
-            reason = weights.why_not_loaded(source, error)
-            if not may_be_replaced(source, reason):
-                cli.fail(f"--model_name_or_path {source}: cannot be loaded: {reason}")
-    cli.logger.warning("No weights loaded: random ones are timed in their place, which are as fast.")
-    model = FlaxAutoModel.from_config(config, _do_init=False)
-    initialize = jax.jit(functools.partial(model.init_weights, input_shape=model.input_shape))
-    return type(model), config, initialize(randomness.device_rng(args.seed, "weights"))
+            found = weights.read(model, arguments.ModelArguments(model_name_or_path=source, cache_dir=args.cache_dir))
+        except cli.Mistake as mistake:
+            if not may_be_replaced(source, str(mistake)):
+                raise
+    if not found:
+        cli.logger.warning("No weights loaded: random ones are timed in their place, which are as fast.")
+    return config, weights.initialize(model, randomness.device_rng(args.seed, "weights"), found)
 
 
 def may_be_replaced(source: str, reason: str) -> bool:
@@ -156,13 +131,14 @@ def may_be_replaced(source: str, reason: str) -> bool:
 
 def fit_config(config: PretrainedConfig, args: TimingArguments) -> None:
     """Apply the flags to the configuration and refuse what the model cannot do, before its weights are loaded."""
-    if config.model_type not in (supported := encoder_types()):
-        cli.fail(f"--model_name_or_path: {config.model_type} is no Flax encoder of text; supported are {', '.join(supported)}")
-    origin = pretrained.Origin(f"--model_name_or_path {args.model_name_or_path}: config.json")
-    pretrained.check_values(config.to_dict(), type(config), origin)
-    pretrained.check_sizes(config, origin)
-    patches.check_fields(config, FLAX_MODEL_MAPPING[type(config)])
-    limit = pretrained.max_positions(config)
+    if config.model_type not in MODELS:
+        cli.fail(f"--model_name_or_path: {config.model_type} is no encoder of text; {arguments.supported(MODELS)}")
+    origin = configurations.Origin(f"--model_name_or_path {args.model_name_or_path}: config.json")
+    configurations.check_values(config.to_dict(), type(config), origin)
+    configurations.check_sizes(config, origin)
+    configurations.give_full_attention(config, args.seq_length, "lower --seq_length")
+    models.check(config, "auto")
+    limit = configurations.max_positions(config)
     if limit is not None and args.seq_length > limit:
         cli.fail(f"--seq_length {args.seq_length}: the model has positions for {limit} tokens")
     if args.hidden_act and not hasattr(config, "hidden_act"):
@@ -180,21 +156,16 @@ def cast_weights(params: Any, precision: str) -> Any:
     return jax.block_until_ready(jax.jit(cast)(params))
 
 
-def make_inputs(
-    model_class: type[FlaxPreTrainedModel], config: PretrainedConfig, args: TimingArguments
-) -> list[dict[str, jax.Array]]:
+def make_inputs(config: PretrainedConfig, args: TimingArguments) -> list[dict[str, jax.Array]]:
     """A few full batches of ordinary token ids [B, T] in one segment, on the device."""
     special = {value for name, value in config.to_dict().items() if name.endswith("_token_id")}
     # Low ids are special or unused in most vocabularies: in BERT's the first thousand but for single characters.
     ordinary = [i for i in range(min(1000, config.vocab_size // 2), config.vocab_size) if i not in special]
     np_rng, shape_BT = randomness.host_rng(args.seed, "inputs"), (args.batch_size, args.seq_length)
-    has_segments = "token_type_ids" in inspect.signature(model_class.__call__).parameters
     inputs = []
     for _ in range(min(NUM_INPUTS, args.num_batches)):
         batch = {"input_ids": np_rng.choice(np.array(ordinary, np.int32), shape_BT)}
         batch["attention_mask"] = np.ones(shape_BT, np.int32)
-        if has_segments:
-            batch["token_type_ids"] = np.zeros(shape_BT, np.int32)
         inputs.append(jax.device_put(batch))
     return jax.block_until_ready(inputs)
 
@@ -202,14 +173,9 @@ def make_inputs(
 # ---- Timing --------------------------------------------------------------------------------------------------------------
 
 
-def encode(params: Any, batch: Mapping[str, jax.Array], model: FlaxPreTrainedModel) -> tuple[jax.Array | None, ...]:
-    """Hidden states [B, T, H] of the last layer, and the pooled ones [B, H] if the model has them.
-
-    Both are returned: from the pooled ones alone the compiler could drop all but the first token of the last layer.
-    """
-    with patches.wide_sums_on_cpu():
-        outputs = model(**batch, params=params, train=False, return_dict=True)
-    return outputs.last_hidden_state, outputs.get("pooler_output")
+def encode(params: Any, batch: Mapping[str, jax.Array], model: nn.Module) -> jax.Array:
+    """Hidden states [B, T, H] of the last layer."""
+    return model.apply({"params": params}, batch["input_ids"], batch["attention_mask"])
 
 
 class TimedEncoder:
@@ -218,22 +184,17 @@ class TimedEncoder:
     def __init__(
         self,
         precision: str,
-        model_class: type[FlaxPreTrainedModel],
         config: PretrainedConfig,
         params: Any,
         batch: Mapping[str, jax.Array],
     ):
         self.precision, self.params, self.seconds = precision, cast_weights(params, precision), []
-        model = model_class(config, dtype=jnp.dtype(precision), _do_init=False)  # holds no weights
+        compute = layers.Compute(jnp.dtype(precision), "chunked" if jax.default_backend() == "cpu" else "eager")
+        model = MODELS[config.model_type](config, compute)
         start = time.perf_counter()
         cli.logger.info("Compiling for %s ...", precision)
         # Weights and inputs are arguments: of what a program closes over, XLA may compute results while compiling.
-        try:
-            lowered = jax.jit(functools.partial(encode, model=model)).lower(self.params, batch)
-        except ValueError as error:  # BigBird takes whole blocks of tokens only
-            cli.fail(
-                f"--seq_length {batch['input_ids'].shape[1]}: {config.model_type} does not take it: {cli.first_line(error)}"
-            )
+        lowered = jax.jit(functools.partial(encode, model=model)).lower(self.params, batch)
         self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
         cli.logger.info("Compiled for %s in %.1f s", precision, self.compile_seconds)
@@ -304,11 +265,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Time the model as the arguments say (default: the command line); returns the figures by precision."""
     cli.set_up_logging()
     args = read_timing_arguments(argv)
-    model_class, config, params = load_encoder(args)
+    config, params = load_encoder(args)
     log_task(config, params, args)
-    inputs = make_inputs(model_class, config, args)
+    inputs = make_inputs(config, args)
     precisions = PRECISIONS if args.precision == "both" else (args.precision,)
-    encoders = [TimedEncoder(precision, model_class, config, params, inputs[0]) for precision in precisions]
+    encoders = [TimedEncoder(precision, config, params, inputs[0]) for precision in precisions]
     del params  # the encoders hold their own
     time_in_turns(encoders, inputs, args)
 

@@ -28,42 +28,39 @@ try:
     import flaxlm
 except ImportError:
     print(
-        f"{Path(__file__).name}: error: needs the package flaxlm 0.2.0: install it, from a clone of its repository with"
+        f"{Path(__file__).name}: error: needs the package flaxlm 0.3.0: install it, from a clone of its repository with"
         " `pip install .`, or copy the folder flaxlm from there beside this script",
         file=sys.stderr,
     )
     raise SystemExit(2) from None
-flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
+flaxlm.begin("0.3.0", __file__, as_program=__name__ == "__main__")
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from transformers import (
-    FLAX_MODEL_FOR_CAUSAL_LM_MAPPING,
-    FlaxAutoModelForCausalLM,
-    FlaxPreTrainedModel,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from flaxlm import (
     arguments,
     batches,
     cli,
     command_line,
+    configurations,
     corpus,
     evaluation,
     hub,
     logs,
     losses,
+    models,
     optimizers,
-    patches,
-    pretrained,
     processes,
     randomness,
     runs,
     sharding,
+    token_rows,
+    tokenization,
     weights,
 )
 
@@ -97,15 +94,13 @@ class DataTrainingArguments(arguments.DataArguments):
             config.is_decoder = True
         if config.model_type == "big_bird":
             config.attention_type = "original_full"  # sparse attention, its default, has no causal mask
-        if config.model_type == "gemma":  # its Flax class reads the one, PyTorch's the other
-            config.hidden_activation = config.hidden_act = config.hidden_activation or config.hidden_act
 
     def text_loader_options(self) -> dict[str, Any]:
         """Options for reading txt files."""
         return {"keep_linebreaks": self.keep_linebreaks}
 
 
-ENCODERS = ("bert", "big_bird", "electra", "roberta", "roberta-prelayernorm", "xlm-roberta")
+ENCODERS = ("bert", "big_bird", "camembert", "electra", "roberta", "roberta-prelayernorm", "roformer", "xlm-roberta")
 
 
 # ---- Text to rows of tokens ----------------------------------------------------------------------------------------------
@@ -118,7 +113,7 @@ def tokenize_texts(
     texts = [text for text in batch[text_column] if text]
     if not texts:
         return {"input_ids": []}
-    with weights.tokenizer_as_loaded(tokenizer):
+    with tokenization.tokenizer_as_loaded(tokenizer):
         input_ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
     if append_eos_token:
         eos = tokenizer.eos_token_id
@@ -148,7 +143,7 @@ class Collator:
         if max_seq_length < 2:
             cli.fail(f"--block_size {max_seq_length}: must be at least 2, a token and the one that follows it")
         # Rows of tokens: their columns with what fills them up, their length, and how text becomes tokens.
-        self.columns = {"input_ids": -1}
+        self.columns = {"input_ids": -1} | ({token_rows.TEXT_STARTS: 0} if data_args.document_attention else {})
         self.row_length, self.line_by_line, self.pad_to = max_seq_length, False, None
         self.tokenize_options = {"append_eos_token": data_args.append_eos_token}
         self.draws_per_row = 0  # uniform numbers that __call__ needs for a row
@@ -159,7 +154,8 @@ class Collator:
         """Collate N rows.
 
         Args:
-            rows: `input_ids` int [N, T], -1 where a row is padded.
+            rows: `input_ids` int [N, T], -1 where a row is padded; `text_starts` [N, T] if texts are apart, where no token
+                is asked for the first one of another text.
             uniforms_NR: not used, for want of noise.
             is_real_N: bool [N]; rows that only fill up a batch are False and get no label.
             num_groups: not used; rows don't depend on the device they go to.
@@ -171,10 +167,11 @@ class Collator:
         input_ids_NT = np.where(is_token_NT, rows["input_ids"], 0).astype(np.int32)
         labels_NT, weights_NT = np.zeros_like(input_ids_NT), np.zeros(input_ids_NT.shape, np.float32)
         labels_NT[:, :-1] = input_ids_NT[:, 1:]
-        weights_NT[:, :-1] = is_token_NT[:, 1:] & is_real_N[:, None]
+        texts_NT = token_rows.number_texts(rows, is_token_NT)
+        weights_NT[:, :-1] = is_token_NT[:, 1:] & (texts_NT[:, 1:] == texts_NT[:, :-1]) & is_real_N[:, None]
         return {
             "input_ids": input_ids_NT,
-            "attention_mask": is_token_NT.astype(np.int32),
+            "attention_mask": texts_NT,
             "labels": labels_NT,
             "label_weights": weights_NT,
         }
@@ -183,29 +180,21 @@ class Collator:
 # ---- Loss ----------------------------------------------------------------------------------------------------------------
 
 
-MODELS = arguments.ModelClasses(FlaxAutoModelForCausalLM, FLAX_MODEL_FOR_CAUSAL_LM_MAPPING)
+MODELS = models.CAUSAL
 
 
 def loss_fn(
-    params, batch: Mapping[str, jax.Array], dropout_rng: jax.Array, model: FlaxPreTrainedModel, train: bool
+    params, batch: Mapping[str, jax.Array], model: nn.Module, rngs: Mapping[str, jax.Array] | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Sum of the cross-entropies of the next tokens of one device's rows, in float32.
+    """Sum of the cross-entropies of the next tokens of one device's rows, in float32; with dropout if there are `rngs`.
 
     Returns:
         The sum, and {"weight": number of labels, "correct": labels that score highest}; all scalars, to be summed over
         micro-batches and devices before the division.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if model.config.model_type == "electra":
-        inputs["token_type_ids"] = jnp.zeros_like(inputs["input_ids"])  # as in PyTorch; the Flax class would take ones
-    labels_BT, weights_BT = batch["labels"], batch["label_weights"]
-    with patches.FusedHead(labels_BT, weights_BT, model.config.vocab_size) as head:
-        mode = {"deterministic": not train} if model.config.model_type == "opt" else {"train": train}
-        logits_BTV = model(**inputs, params=params, dropout_rng=dropout_rng, **mode)[0]
-    if head.sums is None:
-        cli.log_once("The vocabulary head of %s is not known here: its step takes more memory.", type(model).__name__)
-        head.sums = losses.cross_entropy(lambda _, logits: logits.astype(jnp.float32), None, logits_BTV, labels_BT, weights_BT)
-    loss, correct = head.sums
+    hidden_BTH = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"], rngs=rngs)
+    weights_BT = batch["label_weights"]
+    loss, correct = losses.fused_cross_entropy(model, params, hidden_BTH, batch["labels"], weights_BT)
     return loss, {"weight": weights_BT.sum(), "correct": correct}
 
 
@@ -238,8 +227,8 @@ def train_step(
     def add_micro_batch(sums, indexed_micro_batch):
         index, micro_batch = indexed_micro_batch
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        with patches.fast_layers():
-            (loss, aux), grads = grad_fn(state.params, micro_batch, jax.random.fold_in(device_rng, index), train=True)
+        rngs = {"dropout": jax.random.fold_in(device_rng, index)}
+        (loss, aux), grads = grad_fn(state.params, micro_batch, rngs=rngs)
         return jax.tree.map(jnp.add, sums, (loss, aux["weight"], grads)), None
 
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
@@ -261,7 +250,7 @@ def train_step(
 def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict[str, jax.Array]:
     """Sums over the labels of one batch: loss, weight, correct; and "stop", above 0 if a process was told to stop."""
     rows = {name: array for name, array in batch.items() if name != "stop"}
-    loss, aux = loss_fn(params, rows, None, train=False)
+    loss, aux = loss_fn(params, rows)
     return jax.lax.psum({"loss": loss, **aux, "stop": batch["stop"].max()}, "data")
 
 
@@ -278,11 +267,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Text to rows of tokens. With one process nothing here touches a device, so that it can still be forked.
     with processes.main_first():
-        config = pretrained.load_config(model_args, MODELS)
-        tokenizer = pretrained.load_tokenizer(model_args)
-    patches.check_attention(training_args.attention_implementation, config, MODELS)
-    pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
-    row_length = pretrained.choose_row_length(data_args, config, tokenizer)
+        config = configurations.load_config(model_args, MODELS)
+        tokenizer = tokenization.load_tokenizer(model_args)
+    tokenization.match_config_and_tokenizer(config, tokenizer, model_args)
+    row_length = tokenization.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
     weights.check(config, args, MODELS)
     collator = Collator(tokenizer, config, data_args, row_length)
@@ -292,11 +280,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # Sizes, weights, optimizer, and two programs over all devices, which are compiled when they are first called.
     plan = batches.make_plan(training_args, data.num_train_rows, collator.row_length)
     mesh = sharding.make_mesh()
-    model, params = weights.load_model(config, args, MODELS, mesh)
+    model = models.build(config, args, MODELS)
+    params = weights.load(model, args, mesh)
     logs.log_plan(plan, data, collator.row_length, params)
     logs.advise_on_cpu(model_args.dtype)
     model_loss_fn = functools.partial(loss_fn, model=model)
-    model_loss_fn = patches.attention(training_args.attention_implementation, model)(model_loss_fn)
     learning_rate_fn = optimizers.make_learning_rate(training_args, plan)
     optimizer = optimizers.make_optimizer(training_args, learning_rate_fn)
     step_fn = functools.partial(train_step, loss_fn=model_loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)

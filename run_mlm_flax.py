@@ -31,44 +31,41 @@ try:
     import flaxlm
 except ImportError:
     print(
-        f"{Path(__file__).name}: error: needs the package flaxlm 0.2.0: install it, from a clone of its repository with"
+        f"{Path(__file__).name}: error: needs the package flaxlm 0.3.0: install it, from a clone of its repository with"
         " `pip install .`, or copy the folder flaxlm from there beside this script",
         file=sys.stderr,
     )
     raise SystemExit(2) from None
-flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
+flaxlm.begin("0.3.0", __file__, as_program=__name__ == "__main__")
 
 import datasets
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from transformers import (
-    FLAX_MODEL_FOR_MASKED_LM_MAPPING,
-    FlaxAutoModelForMaskedLM,
-    FlaxPreTrainedModel,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from flaxlm import (
     arguments,
     batches,
     cli,
     command_line,
+    configurations,
     corpus,
     evaluation,
     files,
     hub,
     logs,
     losses,
+    models,
     optimizers,
-    patches,
-    pretrained,
     processes,
     randomness,
     runs,
     sharding,
+    token_rows,
+    tokenization,
     weights,
 )
 
@@ -126,10 +123,8 @@ class DataTrainingArguments(arguments.DataArguments):
                 cli.fail(f"{flag} {path}: no such file")
 
     def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
-        """Rows must fit BigBird's attention, and RoFormer's configuration the Flax class."""
-        if config.model_type == "roformer":
-            config.embedding_size = config.hidden_size  # the class has embeddings of no other size, whatever this says
-        pretrained.fit_sparse_attention(config, row_length, self.pad_to_max_length or not self.line_by_line)
+        """BigBird sees all of a row."""
+        configurations.give_full_attention(config, row_length)
 
     def add_columns(self, dataset: datasets.Dataset, split: str) -> datasets.Dataset:
         """Add the word references of a file, one JSON list for every row, or for every row that is not blank."""
@@ -172,7 +167,7 @@ def tokenize_texts(
     texts = [batch[text_column][i] for i in keep]
     if not texts:
         return {"input_ids": [], **({"word_starts": []} if with_word_starts else {})}
-    with weights.tokenizer_as_loaded(tokenizer):
+    with tokenization.tokenizer_as_loaded(tokenizer):
         encoding = tokenizer(
             texts,
             truncation=max_length is not None,
@@ -270,6 +265,8 @@ class Collator:
                 cli.fail(f"--tokenizer_name: has no {name}, needed to {use}; use a tokenizer made for masked models")
         # Rows of tokens: their columns with what fills them up, their length, and how text becomes tokens.
         self.columns = {"input_ids": tokenizer.pad_token_id} | ({"word_starts": 1} if data_args.whole_word_mask else {})
+        if data_args.document_attention:
+            self.columns[token_rows.TEXT_STARTS] = 0
         self.row_length, self.line_by_line = max_seq_length, data_args.line_by_line
         self.pad_to = max_seq_length if data_args.pad_to_max_length else None
         self.tokenize_options = {
@@ -298,7 +295,7 @@ class Collator:
         """Collate N rows for `num_groups` equal groups (devices x micro-batches) of N / num_groups rows.
 
         Args:
-            rows: `input_ids` int [N, T], and `word_starts` [N, T] for whole-word masking.
+            rows: `input_ids` int [N, T]; `word_starts` [N, T] for whole-word masking; `text_starts` if texts are apart.
             uniforms_NR: float64 [N, draws_per_row] in [0, 1), the only source of randomness; the first T of a row are used.
             is_real_N: bool [N]; rows that only fill up a batch are False and get no label.
 
@@ -307,7 +304,7 @@ class Collator:
         """
         input_ids_NT = rows["input_ids"].astype(np.int32)
         uniforms_NT = uniforms_NR[:, : input_ids_NT.shape[1]]  # rows that are texts may be narrower than the limit
-        attention_mask_NT = (input_ids_NT != self.pad_token_id).astype(np.int32)
+        attention_mask_NT = token_rows.number_texts(rows, input_ids_NT != self.pad_token_id)
         starts_word_NT, selected_NT = self.select(rows, input_ids_NT, uniforms_NT, is_real_N)
         K = self.num_label_positions(input_ids_NT.size // num_groups, 4.0 if "word_starts" in rows else 1.0)
         flat_positions = np.flatnonzero(self.within_capacity(selected_NT, starts_word_NT, num_groups, K))
@@ -363,33 +360,22 @@ class Collator:
 # ---- Loss ----------------------------------------------------------------------------------------------------------------
 
 
-MODELS = arguments.ModelClasses(FlaxAutoModelForMaskedLM, FLAX_MODEL_FOR_MASKED_LM_MAPPING)
+MODELS = models.MASKED
 
 
 def loss_fn(
-    params, batch: Mapping[str, jax.Array], dropout_rng: jax.Array, model: FlaxPreTrainedModel, train: bool
+    params, batch: Mapping[str, jax.Array], model: nn.Module, rngs: Mapping[str, jax.Array] | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Sum of the cross-entropies at the labelled positions of one device's rows, in float32.
+    """Sum of the cross-entropies at the labelled positions of one device's rows, in float32; with dropout if there are `rngs`.
 
     Returns:
         The sum, and {"weight": number of labels, "correct": labels that score highest}; all scalars, to be summed over
         micro-batches and devices before the division.
     """
-    with patches.labelled_positions_only(batch["label_positions"]):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        if model.config.model_type == "electra":
-            inputs["token_type_ids"] = jnp.zeros_like(inputs["input_ids"])  # as in PyTorch; the Flax class would take ones
-        if model.config.model_type == "big_bird" and train:
-            inputs["indices_rng"] = jax.random.fold_in(dropout_rng, 1)  # for the blocks that its sparse attention draws
-        logits = model(**inputs, params=params, dropout_rng=dropout_rng, train=train)[0]
-    if logits.shape[:-1] != (1, len(batch["labels"])):  # [B, T, V]: the head has another name
-        cli.log_once(
-            "The vocabulary head of %s is not known here: it scores all positions, which is slower.", type(model).__name__
-        )
-        logits = logits.reshape(-1, logits.shape[-1])[batch["label_positions"]]
-    weights_K = batch["label_weights"]
-    loss, correct = losses.weighted_cross_entropy(logits.reshape(-1, logits.shape[-1]), batch["labels"], weights_K)
-    return loss, {"weight": weights_K.sum(), "correct": correct}
+    hidden_BTH = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"], rngs=rngs)
+    labels = batch["label_positions"], batch["labels"], batch["label_weights"]
+    loss, correct = losses.labelled_cross_entropy(model, params, hidden_BTH, *labels)
+    return loss, {"weight": batch["label_weights"].sum(), "correct": correct}
 
 
 def eval_metrics(totals: Mapping[str, float]) -> dict[str, float]:
@@ -421,8 +407,8 @@ def train_step(
     def add_micro_batch(sums, indexed_micro_batch):
         index, micro_batch = indexed_micro_batch
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        with patches.fast_layers():
-            (loss, aux), grads = grad_fn(state.params, micro_batch, jax.random.fold_in(device_rng, index), train=True)
+        rngs = {"dropout": jax.random.fold_in(device_rng, index)}
+        (loss, aux), grads = grad_fn(state.params, micro_batch, rngs=rngs)
         return jax.tree.map(jnp.add, sums, (loss, aux["weight"], grads)), None
 
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
@@ -444,7 +430,7 @@ def train_step(
 def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict[str, jax.Array]:
     """Sums over the labels of one batch: loss, weight, correct; and "stop", above 0 if a process was told to stop."""
     rows = {name: array for name, array in batch.items() if name != "stop"}
-    loss, aux = loss_fn(params, rows, None, train=False)
+    loss, aux = loss_fn(params, rows)
     return jax.lax.psum({"loss": loss, **aux, "stop": batch["stop"].max()}, "data")
 
 
@@ -461,11 +447,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Text to rows of tokens. With one process nothing here touches a device, so that it can still be forked.
     with processes.main_first():
-        config = pretrained.load_config(model_args, MODELS)
-        tokenizer = pretrained.load_tokenizer(model_args)
-    patches.check_attention(training_args.attention_implementation, config, MODELS)
-    pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
-    row_length = pretrained.choose_row_length(data_args, config, tokenizer)
+        config = configurations.load_config(model_args, MODELS)
+        tokenizer = tokenization.load_tokenizer(model_args)
+    tokenization.match_config_and_tokenizer(config, tokenizer, model_args)
+    row_length = tokenization.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
     weights.check(config, args, MODELS)
     collator = Collator(tokenizer, config, data_args, row_length)
@@ -475,11 +460,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # Sizes, weights, optimizer, and two programs over all devices, which are compiled when they are first called.
     plan = batches.make_plan(training_args, data.num_train_rows, collator.row_length)
     mesh = sharding.make_mesh()
-    model, params = weights.load_model(config, args, MODELS, mesh)
+    model = models.build(config, args, MODELS)
+    params = weights.load(model, args, mesh)
     logs.log_plan(plan, data, collator.row_length, params)
     logs.advise_on_cpu(model_args.dtype)
     model_loss_fn = functools.partial(loss_fn, model=model)
-    model_loss_fn = patches.attention(training_args.attention_implementation, model)(model_loss_fn)
     learning_rate_fn = optimizers.make_learning_rate(training_args, plan)
     optimizer = optimizers.make_optimizer(training_args, learning_rate_fn)
     step_fn = functools.partial(train_step, loss_fn=model_loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)

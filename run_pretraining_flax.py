@@ -31,47 +31,41 @@ try:
     import flaxlm
 except ImportError:
     print(
-        f"{Path(__file__).name}: error: needs the package flaxlm 0.2.0: install it, from a clone of its repository with"
+        f"{Path(__file__).name}: error: needs the package flaxlm 0.3.0: install it, from a clone of its repository with"
         " `pip install .`, or copy the folder flaxlm from there beside this script",
         file=sys.stderr,
     )
     raise SystemExit(2) from None
-flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
+flaxlm.begin("0.3.0", __file__, as_program=__name__ == "__main__")
 
 import datasets
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from transformers import (
-    FLAX_MODEL_FOR_PRETRAINING_MAPPING,
-    BertConfig,
-    BigBirdConfig,
-    FlaxAutoModelForPreTraining,
-    FlaxPreTrainedModel,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from flaxlm import (
     arguments,
     batches,
     cli,
     command_line,
+    configurations,
     corpus,
     evaluation,
     hub,
     logs,
     losses,
+    models,
     optimizers,
-    patches,
-    pretrained,
     processes,
     randomness,
     runs,
     sentences,
     sharding,
     token_rows,
+    tokenization,
     weights,
 )
 
@@ -135,12 +129,14 @@ class DataTrainingArguments(arguments.DataArguments):
             cli.fail("--is_already_preprocessed: not with --streaming, which reads text only")
         if self.is_already_preprocessed and self.dupe_factor > 1:
             cli.fail("--dupe_factor: not with --is_already_preprocessed, the pairs are there already")
+        if self.document_attention:
+            cli.fail("--document_attention: a row is one pair of texts here, which see each other; drop the flag")
         if self.use_auth_token:
             cli.logger.warning("--use_auth_token has no effect: the token of `hf auth login` is used anyway.")
 
     def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
         """Rows must fit the attention."""
-        pretrained.fit_sparse_attention(config, row_length, self.pad_to_max_length)
+        configurations.give_full_attention(config, row_length)
 
     def text_loader_options(self) -> dict[str, Any]:
         """Documents are divided by blank lines."""
@@ -258,7 +254,7 @@ def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase,
     if not texts_of_sentences:
         return []
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-    with weights.tokenizer_as_loaded(tokenizer):
+    with tokenization.tokenizer_as_loaded(tokenizer):
         tokens = iter(tokenizer(texts_of_sentences, **options)["input_ids"])
     documents = []
     for size in sizes:
@@ -433,12 +429,11 @@ class Collator:
 # ---- Loss ----------------------------------------------------------------------------------------------------------------
 
 
-PAIR_CLASSES = {config: FLAX_MODEL_FOR_PRETRAINING_MAPPING[config] for config in (BertConfig, BigBirdConfig)}
-MODELS = arguments.ModelClasses(FlaxAutoModelForPreTraining, PAIR_CLASSES)
+MODELS = models.SENTENCE_PAIRS
 
 
 def loss_fn(
-    params, batch: Mapping[str, jax.Array], dropout_rng: jax.Array, model: FlaxPreTrainedModel, train: bool
+    params, batch: Mapping[str, jax.Array], model: nn.Module, rngs: Mapping[str, jax.Array] | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sums of the cross-entropies of masked tokens and of next sentences in one device's rows, in float32.
 
@@ -446,12 +441,11 @@ def loss_fn(
         The sum over masked tokens, and {"weight": their number, "correct": those whose label scores highest, and the three
         of the same for next sentences}; all scalars, to be summed over micro-batches and devices before the division.
     """
-    with patches.labelled_positions_only(batch["label_positions"]):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
-        if model.config.model_type == "big_bird" and train:
-            inputs["indices_rng"] = jax.random.fold_in(dropout_rng, 1)  # for the blocks that its sparse attention draws
-        logits_1KV, logits_B2 = model(**inputs, params=params, dropout_rng=dropout_rng, train=train)[:2]
-    loss, correct = losses.weighted_cross_entropy(logits_1KV[0], batch["labels"], batch["label_weights"])
+    inputs = batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
+    hidden_BTH = model.apply({"params": params}, *inputs, rngs=rngs)
+    labels = batch["label_positions"], batch["labels"], batch["label_weights"]
+    loss, correct = losses.labelled_cross_entropy(model, params, hidden_BTH, *labels)
+    logits_B2 = model.apply({"params": params}, hidden_BTH, method="next_sentence_scores")
     weights_B = batch["next_sentence_weights"]
     next_loss, next_correct = losses.weighted_cross_entropy(logits_B2, batch["next_sentence_labels"], weights_B)
     return loss, {
@@ -498,8 +492,8 @@ def train_step(
     device_rng = jax.random.fold_in(jax.random.fold_in(dropout_rng, state.step), jax.lax.axis_index("data"))
     num_tokens, num_pairs = jax.lax.psum((batch["label_weights"].sum(), batch["next_sentence_weights"].sum()), "data")
 
-    def micro_batch_loss(params, micro_batch, rng):
-        loss, aux = loss_fn(params, micro_batch, rng, train=True)
+    def micro_batch_loss(params, micro_batch, rngs):
+        loss, aux = loss_fn(params, micro_batch, rngs=rngs)
         masked_lm_loss = loss / jnp.maximum(num_tokens, 1)
         next_sentence_loss = aux["next_sentence_loss"] / jnp.maximum(num_pairs, 1)
         return masked_lm_loss + next_sentence_loss, (masked_lm_loss, next_sentence_loss)
@@ -507,9 +501,8 @@ def train_step(
     def add_micro_batch(sums, indexed_micro_batch):
         index, micro_batch = indexed_micro_batch
         grad_fn = jax.grad(micro_batch_loss, has_aux=True)
-        with patches.fast_layers():
-            grads, losses = grad_fn(state.params, micro_batch, jax.random.fold_in(device_rng, index))
-        return jax.tree.map(jnp.add, sums, (losses, grads)), None
+        grads, terms = grad_fn(state.params, micro_batch, {"dropout": jax.random.fold_in(device_rng, index)})
+        return jax.tree.map(jnp.add, sums, (terms, grads)), None
 
     zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.params))
     micro_batches = {name: array for name, array in batch.items() if name != "stop"}
@@ -531,7 +524,7 @@ def train_step(
 def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict[str, jax.Array]:
     """Sums over the labels of one batch: loss, weight, correct; and "stop", above 0 if a process was told to stop."""
     rows = {name: array for name, array in batch.items() if name != "stop"}
-    loss, aux = loss_fn(params, rows, None, train=False)
+    loss, aux = loss_fn(params, rows)
     return jax.lax.psum({"loss": loss, **aux, "stop": batch["stop"].max()}, "data")
 
 
@@ -548,11 +541,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Text to rows of tokens. With one process nothing here touches a device, so that it can still be forked.
     with processes.main_first():
-        config = pretrained.load_config(model_args, MODELS)
-        tokenizer = pretrained.load_tokenizer(model_args)
-    patches.check_attention(training_args.attention_implementation, config, MODELS)
-    pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
-    row_length = pretrained.choose_row_length(data_args, config, tokenizer)
+        config = configurations.load_config(model_args, MODELS)
+        tokenizer = tokenization.load_tokenizer(model_args)
+    tokenization.match_config_and_tokenizer(config, tokenizer, model_args)
+    row_length = tokenization.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
     weights.check(config, args, MODELS)
     collator = Collator(tokenizer, config, data_args, row_length)
@@ -562,11 +554,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # Sizes, weights, optimizer, and two programs over all devices, which are compiled when they are first called.
     plan = batches.make_plan(training_args, data.num_train_rows, collator.row_length)
     mesh = sharding.make_mesh()
-    model, params = weights.load_model(config, args, MODELS, mesh)
+    model = models.build(config, args, MODELS)
+    params = weights.load(model, args, mesh)
     logs.log_plan(plan, data, collator.row_length, params)
     logs.advise_on_cpu(model_args.dtype)
     model_loss_fn = functools.partial(loss_fn, model=model)
-    model_loss_fn = patches.attention(training_args.attention_implementation, model)(model_loss_fn)
     learning_rate_fn = optimizers.make_learning_rate(training_args, plan)
     optimizer = optimizers.make_optimizer(training_args, learning_rate_fn)
     step_fn = functools.partial(train_step, loss_fn=model_loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)

@@ -31,44 +31,39 @@ try:
     import flaxlm
 except ImportError:
     print(
-        f"{Path(__file__).name}: error: needs the package flaxlm 0.2.0: install it, from a clone of its repository with"
+        f"{Path(__file__).name}: error: needs the package flaxlm 0.3.0: install it, from a clone of its repository with"
         " `pip install .`, or copy the folder flaxlm from there beside this script",
         file=sys.stderr,
     )
     raise SystemExit(2) from None
-flaxlm.begin("0.2.0", __file__, as_program=__name__ == "__main__")
+flaxlm.begin("0.3.0", __file__, as_program=__name__ == "__main__")
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from transformers import (
-    FLAX_MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    FlaxAutoModelForSeq2SeqLM,
-    FlaxPreTrainedModel,
-    LongT5Config,
-    MT5Config,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    T5Config,
-)
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from flaxlm import (
     arguments,
     batches,
     cli,
     command_line,
+    configurations,
     corpus,
     evaluation,
     hub,
     logs,
+    losses,
+    models,
     optimizers,
-    patches,
-    pretrained,
     processes,
     randomness,
     runs,
     sharding,
+    token_rows,
+    tokenization,
     weights,
 )
 
@@ -134,7 +129,7 @@ def tokenize_texts(batch: Mapping[str, list], tokenizer: PreTrainedTokenizerBase
     texts = [text for text in batch[text_column] if text and not text.isspace()]
     if not texts:
         return {"input_ids": []}
-    with weights.tokenizer_as_loaded(tokenizer):
+    with tokenization.tokenizer_as_loaded(tokenizer):
         encoding = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
     return {"input_ids": encoding["input_ids"]}
 
@@ -235,7 +230,8 @@ class Collator:
             max_seq_length - self.text_start, self.noise_density, self.mean_span_length
         )
         # Rows of tokens: their columns with what fills them up, and how text becomes tokens.
-        self.columns, self.line_by_line, self.pad_to, self.tokenize_options = {"input_ids": -1}, False, None, {}
+        self.columns = {"input_ids": -1} | ({token_rows.TEXT_STARTS: 0} if data_args.document_attention else {})
+        self.line_by_line, self.pad_to, self.tokenize_options = False, None, {}
         self.draws_per_row = self.row_length - 1  # uniform numbers: one for the denoiser, one per gap
         num_spans = noise_counts(self.row_length, self.noise_density, self.mean_span_length)[1].max()
         self.sentinel_ids_S = find_sentinel_ids(tokenizer, num_spans, f"--max_seq_length {max_seq_length} {noise}")
@@ -248,13 +244,15 @@ class Collator:
         """Collate N rows. A row of fewer than two tokens cannot have noise: its input is the text, its weights are 0.
 
         Args:
-            rows: `input_ids` int [N, E], -1 behind the end of a short row.
+            rows: `input_ids` int [N, E], -1 behind the end of a short row; `text_starts` [N, E] if texts are apart. Then the
+                decoder starts anew with each text, and a span over the end of one is in both.
             uniforms_NR: float64 [N, R] in [0, 1), the only source of randomness.
             is_real_N: bool [N]; rows that only fill up a batch are False and get weights of 0.
             num_groups: not used; the rows of a group stay together whatever it is.
 
         Returns:
-            input_ids, attention_mask int32 [N, T]; decoder_input_ids, labels int32 and label_weights float32 [N, U].
+            input_ids, attention_mask int32 [N, T]; decoder_input_ids, decoder_attention_mask, labels int32 and
+            label_weights float32 [N, U].
         """
         N, E = rows["input_ids"].shape
         num_tokens_N = (rows["input_ids"] >= 0).sum(axis=1)
@@ -282,6 +280,12 @@ class Collator:
         turns = np.zeros(N * W, np.int8)
         turns[starts], turns[ends] = 1, -1
         is_noise = np.cumsum(turns, dtype=np.int8) == 1
+        # Which text of its row a token is of: the mode token of the first, eos of the last.
+        numbers_NE = token_rows.number_texts(rows, rows["input_ids"] >= 0)
+        input_number = np.pad(numbers_NE, ((0, 0), (self.text_start, 1)), mode="edge").reshape(-1)
+        input_number[eos] = numbers_NE.max(axis=1, initial=1)
+        target_number = input_number.copy()
+        target_number[starts - 1] = input_number[starts]
         # A sentinel takes the place of the span's first token in the input, of the clean token before it in the target.
         input_text, in_input = text.copy(), ~is_noise
         input_text[starts], in_input[starts] = sentinels, True
@@ -296,12 +300,17 @@ class Collator:
         input_ids_NT[is_input_NT] = input_text[in_input]  # what is left of a row closes up
         labels_NU = np.full(is_target_NU.shape, self.pad_token_id, np.int32)
         labels_NU[is_target_NU] = target_text[in_target]
+        attention_mask_NT, decoder_attention_mask_NU = np.zeros_like(input_ids_NT), np.zeros_like(labels_NU)
+        attention_mask_NT[is_input_NT] = input_number[in_input]
+        decoder_attention_mask_NU[is_target_NU] = target_number[in_target]
         decoder_input_ids_NU = np.full_like(labels_NU, self.decoder_start_token_id)
-        decoder_input_ids_NU[:, 1:] = np.where(is_target_NU[:, 1:], labels_NU[:, :-1], self.pad_token_id)
+        goes_on_NU = decoder_attention_mask_NU[:, 1:] == decoder_attention_mask_NU[:, :-1]
+        decoder_input_ids_NU[:, 1:][goes_on_NU] = labels_NU[:, :-1][goes_on_NU]
         return {
             "input_ids": input_ids_NT,
-            "attention_mask": is_input_NT.astype(np.int32),
+            "attention_mask": attention_mask_NT,
             "decoder_input_ids": decoder_input_ids_NU,
+            "decoder_attention_mask": decoder_attention_mask_NU,
             "labels": labels_NU,
             "label_weights": (is_target_NU & (is_real_N & (spans_N > 0))[:, None]).astype(np.float32),
         }
@@ -369,12 +378,11 @@ def find_ids(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[i
 # ---- Loss ----------------------------------------------------------------------------------------------------------------
 
 
-T5_CLASSES = {config: FLAX_MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[config] for config in (T5Config, MT5Config, LongT5Config)}
-MODELS = arguments.ModelClasses(FlaxAutoModelForSeq2SeqLM, T5_CLASSES)
+MODELS = models.SPANS
 
 
 def loss_fn(
-    params, batch: Mapping[str, jax.Array], dropout_rng: jax.Array, model: FlaxPreTrainedModel, train: bool
+    params, batch: Mapping[str, jax.Array], model: nn.Module, rngs: Mapping[str, jax.Array] | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sum of the cross-entropies of the targets of one device's rows, sentinels and eos included, in float32.
 
@@ -382,11 +390,10 @@ def loss_fn(
         The sum, and {"weight": number of labels, "correct": labels that score highest}; all scalars, to be summed over
         micro-batches and devices before the division.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+    inputs = batch["input_ids"], batch["attention_mask"], batch["decoder_input_ids"], batch["decoder_attention_mask"]
+    hidden_BUH = model.apply({"params": params}, *inputs, rngs=rngs)
     weights_BU = batch["label_weights"]
-    with patches.FusedHead(batch["labels"], weights_BU, model.config.vocab_size) as head:
-        model(**inputs, params=params, dropout_rng=dropout_rng, train=train)
-    loss, correct = head.sums
+    loss, correct = losses.fused_cross_entropy(model, params, hidden_BUH, batch["labels"], weights_BU)
     return loss, {"weight": weights_BU.sum(), "correct": correct}
 
 
@@ -419,8 +426,8 @@ def train_step(
     def add_micro_batch(sums, indexed_micro_batch):
         index, micro_batch = indexed_micro_batch
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        with patches.fast_layers():
-            (loss, aux), grads = grad_fn(state.params, micro_batch, jax.random.fold_in(device_rng, index), train=True)
+        rngs = {"dropout": jax.random.fold_in(device_rng, index)}
+        (loss, aux), grads = grad_fn(state.params, micro_batch, rngs=rngs)
         return jax.tree.map(jnp.add, sums, (loss, aux["weight"], grads)), None
 
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
@@ -442,7 +449,7 @@ def train_step(
 def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict[str, jax.Array]:
     """Sums over the labels of one batch: loss, weight, correct; and "stop", above 0 if a process was told to stop."""
     rows = {name: array for name, array in batch.items() if name != "stop"}
-    loss, aux = loss_fn(params, rows, None, train=False)
+    loss, aux = loss_fn(params, rows)
     return jax.lax.psum({"loss": loss, **aux, "stop": batch["stop"].max()}, "data")
 
 
@@ -459,11 +466,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # Text to rows of tokens. With one process nothing here touches a device, so that it can still be forked.
     with processes.main_first():
-        config = pretrained.load_config(model_args, MODELS)
-        tokenizer = pretrained.load_tokenizer(model_args)
-    patches.check_attention(training_args.attention_implementation, config, MODELS)
-    pretrained.match_config_and_tokenizer(config, tokenizer, model_args)
-    row_length = pretrained.choose_row_length(data_args, config, tokenizer)
+        config = configurations.load_config(model_args, MODELS)
+        tokenizer = tokenization.load_tokenizer(model_args)
+    tokenization.match_config_and_tokenizer(config, tokenizer, model_args)
+    row_length = tokenization.choose_row_length(data_args, config, tokenizer)
     data_args.adapt_config(config, row_length)
     weights.check(config, args, MODELS)
     collator = Collator(tokenizer, config, data_args, row_length)
@@ -473,11 +479,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # Sizes, weights, optimizer, and two programs over all devices, which are compiled when they are first called.
     plan = batches.make_plan(training_args, data.num_train_rows, collator.row_length)
     mesh = sharding.make_mesh()
-    model, params = weights.load_model(config, args, MODELS, mesh)
+    model = models.build(config, args, MODELS)
+    params = weights.load(model, args, mesh)
     logs.log_plan(plan, data, collator.row_length, params)
     logs.advise_on_cpu(model_args.dtype)
     model_loss_fn = functools.partial(loss_fn, model=model)
-    model_loss_fn = patches.attention(training_args.attention_implementation, model)(model_loss_fn)
     learning_rate_fn = optimizers.make_learning_rate(training_args, plan)
     optimizer = optimizers.make_optimizer(training_args, learning_rate_fn)
     step_fn = functools.partial(train_step, loss_fn=model_loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)

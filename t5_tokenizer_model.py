@@ -12,9 +12,11 @@
     tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(100))])
     tokenizer.save("tokenizer.json")
 
-    from transformers import T5TokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    print(T5TokenizerFast(tokenizer_file="tokenizer.json")("Thank you <extra_id_0> me").tokens())
+    # Not T5Tokenizer: that of transformers 5 takes the pieces from the file, and neither normal form nor borders of words.
+    loaded = PreTrainedTokenizerFast(tokenizer_file="tokenizer.json", pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    print(loaded("Thank you <extra_id_0> me").tokens())
 
 Text that is encoded and decoded comes back in NFKC form, with runs of white space as one space, and if asked to in lower
 case; characters that the training text lacks come back as the unknown token.

@@ -23,17 +23,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from tokenizers import Tokenizer, models
-from transformers import FlaxAutoModelForMaskedLM, PreTrainedTokenizerFast, RobertaConfig
+from transformers import PreTrainedTokenizerFast, RobertaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run_mlm_flax as script
 from benchmarks.vocab_head import make_batches
-from flaxlm import arguments, checkpoints, optimizers, randomness, sharding
+from flaxlm import arguments, checkpoints, optimizers, randomness, sharding, weights
 
 
 def make_step(args, config: RobertaConfig):
     """The training step of the script, its first state and a batch."""
-    model = FlaxAutoModelForMaskedLM.from_config(config, _do_init=False)
+    model = script.MODELS[config.model_type](config)
     optimizer = optax.adamw(1e-4, mask=optimizers.decay_mask)
     step_fn = functools.partial(
         script.train_step,
@@ -42,7 +42,7 @@ def make_step(args, config: RobertaConfig):
         learning_rate_fn=optax.constant_schedule(1e-4),
     )
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    params = jax.jit(functools.partial(model.init_weights, input_shape=(1, 1)))(jax.random.PRNGKey(0))
+    params = jax.jit(functools.partial(weights.init, model))(jax.random.key(0))
     state = sharding.create_train_state(params, optimizer, mesh)
     return model, sharding.compile_train_step(step_fn, mesh), state, make_batches(args)[0]
 

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.workloads import OBJECTIVES, Setup, compile_later
-from flaxlm import batches, logs, processes, randomness, sharding, weights
+from flaxlm import batches, layouts, logs, models, processes, randomness, sharding, weights
 
 
 class OurSide:
@@ -25,7 +25,8 @@ class OurSide:
         self.name, self.precision = Path(setup.script.__file__).name, precision
         args = setup.args._replace(model=dataclasses.replace(setup.args.model, dtype=precision))
         mesh = sharding.make_mesh()
-        model, params = weights.load_model(setup.config, args, setup.script.MODELS, mesh)
+        model = models.build(setup.config, args, setup.script.MODELS)
+        params = weights.load(model, args, mesh)
         self.weights = jax.tree.map(np.array, params)  # copies: training takes over the buffers
         self.p_train_step, optimizer = compile_later(setup.script, args, model, setup.plan, mesh)
         self.state = sharding.create_train_state(params, optimizer, mesh)
@@ -78,7 +79,7 @@ class TorchSide:
         attention = "sdpa" if model_class._supports_sdpa else "eager"
         self.model = model_class._from_config(setup.config, attn_implementation=attention).to(torch.float32)
         if initial_weights is not None:
-            load_weights(self.model, weights.pytorch_state_dict(initial_weights), torch)
+            load_weights(self.model, layouts.to_pytorch(initial_weights), torch)
         self.model.to(self.device).train()
         training_args = setup.args.training
         matrices = [p for name, p in self.model.named_parameters() if p.ndim >= 2]

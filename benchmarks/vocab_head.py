@@ -29,7 +29,7 @@ from transformers import GPT2Config, PretrainedConfig, RobertaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run_clm_flax
 import run_mlm_flax as script
-from flaxlm import optimizers, randomness, sharding
+from flaxlm import layers, optimizers, randomness, sharding, weights
 
 
 class FakeTokenizer:
@@ -45,10 +45,10 @@ class FakeTokenizer:
         return {str(i): i for i in range(self.vocab_size)}
 
 
-def every_position_loss(params, batch, dropout_rng, model, train, one_hot: bool):
+def every_position_loss(params, batch, model, rngs, one_hot: bool):
     """Scores [B, T, V], and with `one_hot` targets [B, T, V], most of which is thrown away."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits_BTV = model(**inputs, params=params, dropout_rng=dropout_rng, train=train)[0].astype(jnp.float32)
+    hidden_BTH = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"], rngs=rngs)
+    logits_BTV = model.apply({"params": params}, hidden_BTH, method="scores").astype(jnp.float32)
     if one_hot:
         losses_BT = optax.softmax_cross_entropy(logits_BTV, jax.nn.one_hot(batch["labels_BT"], logits_BTV.shape[-1]))
     else:
@@ -63,14 +63,14 @@ def make_batches(args) -> tuple[dict, dict]:
     module = {"mlm": script, "clm": run_clm_flax}[args.objective]
     collator = module.Collator(FakeTokenizer(args.vocab_size), None, module.DataTrainingArguments(), args.seq_length)
     batch = collator({"input_ids": ids}, rng.random(ids.shape), np.ones(len(ids), bool), 1)
-    labels, weights = batch["labels"], batch["label_weights"]
+    labels, counts = batch["labels"], batch["label_weights"]
     if args.objective == "mlm":
-        labels, weights = np.zeros(ids.size, np.int32), np.zeros(ids.size, np.float32)
+        labels, counts = np.zeros(ids.size, np.int32), np.zeros(ids.size, np.float32)
         counted = batch["label_weights"] > 0
         positions = batch["label_positions"][counted]
-        labels[positions], weights[positions] = batch["labels"][counted], 1
+        labels[positions], counts[positions] = batch["labels"][counted], 1
     everywhere = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    everywhere |= {"labels_BT": labels.reshape(ids.shape), "weights_BT": weights.reshape(ids.shape)}
+    everywhere |= {"labels_BT": labels.reshape(ids.shape), "weights_BT": counts.reshape(ids.shape)}
     batch["stop"] = everywhere["stop"] = np.zeros(1, np.int32)
     return tuple({name: jnp.asarray(array)[None] for name, array in b.items()} for b in (batch, everywhere))
 
@@ -107,7 +107,9 @@ def main() -> None:
 
     module = {"mlm": script, "clm": run_clm_flax}[args.objective]
     config = make_config(args)
-    model = module.MODELS.auto_class.from_config(config)
+    implementation = "chunked" if jax.default_backend() == "cpu" else "eager"
+    model = module.MODELS[config.model_type](config, layers.Compute(attention=implementation))
+    params = jax.jit(functools.partial(weights.init, model))(jax.random.key(0))
     optimizer = optax.adamw(1e-4, mask=optimizers.decay_mask)
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     dropout_rng = randomness.device_rng(0, "dropout", impl="rbg")
@@ -126,7 +128,7 @@ def main() -> None:
             learning_rate_fn=optax.constant_schedule(1e-4),
         )
         step = sharding.compile_train_step(step_fn, mesh)
-        state = sharding.create_train_state(jax.tree.map(jnp.array, model.params), optimizer, mesh)
+        state = sharding.create_train_state(jax.tree.map(jnp.array, params), optimizer, mesh)
         print(f"Compiling: {name}", file=sys.stderr)
         state, metrics = step(state, batch, dropout_rng)
         runs[name] = [step, batch, state, [], float(metrics["loss"])]

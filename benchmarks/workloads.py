@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -18,7 +19,6 @@ from tqdm import tqdm
 from transformers import (
     BartConfig,
     BertConfig,
-    FlaxPreTrainedModel,
     GPT2Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -26,7 +26,7 @@ from transformers import (
     T5Config,
 )
 
-from flaxlm import arguments, batches, command_line, files, optimizers, patches, pretrained, sharding, token_rows
+from flaxlm import arguments, batches, command_line, files, optimizers, sharding, token_rows, tokenization
 from flaxlm.token_rows import Collator, TokenRows
 from quickstart.python_docs_corpus import documents, standard_library_files
 
@@ -172,8 +172,8 @@ def set_up(options: argparse.Namespace) -> Setup:
     argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     args = command_line.parse([*argv, "--do_train"], script.DataTrainingArguments, script.MODELS, None)
     tokenizer = make_tokenizer(text_file)
-    pretrained.match_config_and_tokenizer(config, tokenizer, args.model)
-    row_length = pretrained.choose_row_length(args.data, config, tokenizer)
+    tokenization.match_config_and_tokenizer(config, tokenizer, args.model)
+    row_length = tokenization.choose_row_length(args.data, config, tokenizer)
     args.data.adapt_config(config, row_length)
     collator = script.Collator(tokenizer, config, args.data, row_length)
     rows = prepare_rows(script, text_file, tokenizer, collator, args.data, args.model.cache_dir)
@@ -197,11 +197,10 @@ def prepare_rows(
 
 
 def compile_later(
-    script: ModuleType, args: arguments.Arguments, model: FlaxPreTrainedModel, plan: batches.Plan, mesh: Mesh
+    script: ModuleType, args: arguments.Arguments, model: nn.Module, plan: batches.Plan, mesh: Mesh
 ) -> tuple[sharding.CompiledStep, optax.GradientTransformation]:
     """The training step of a script and its optimizer, as main() makes them."""
     loss_fn = functools.partial(script.loss_fn, model=model)
-    loss_fn = patches.attention(args.training.attention_implementation, model)(loss_fn)
     learning_rate_fn = optimizers.make_learning_rate(args.training, plan)
     optimizer = optimizers.make_optimizer(args.training, learning_rate_fn)
     step_fn = functools.partial(script.train_step, loss_fn=loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)

@@ -13,12 +13,17 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     outputs      what lies in output_dir, and whose it is
     command_line  the command line of a training script, read and checked
     sharding     mesh, compiled steps, the state they update
-    pretrained   configuration and tokenizer
-    layers       products, sums and dropout that are fast
-    attention    attention without an array of [batch, heads, queries, keys]
+    repositories    files of a model in a directory or on the Hub, and why they cannot be read
+    configurations  loading, changing and checking them
+    tokenization    loading tokenizers, fitting a configuration to one
+    layers       what models are made of, as it is fast
+    positions    where tokens stand, and what attention makes of it
+    attention    which tokens see which, and the ways to compute it
     losses       cross-entropy over a vocabulary
-    patches      what is done to transformers' Flax classes from outside
-    weights      fresh or from a file, and saved, in Flax's and PyTorch's layout
+    models       the architectures, one family in a file
+    layouts      names of weights, in Flax's and in PyTorch's layout
+    weight_files  files of weights, here or on the Hub
+    weights      fresh or from files, and saved
     text         the splits of a run as datasets
     token_rows   text tokenised, and cut or padded to rows
     streams      text read while training
@@ -36,7 +41,8 @@ Shape letters at the end of names, outermost dimension first:
 
     A  micro-batches in one update      D  devices of this process      B  rows per device       N  rows
     T  tokens in a row                  V  vocabulary                   H  hidden size           C  tokens in a chunk
-    K  labelled positions per device    F  features of a layer          X, Y  any
+    K  labelled positions per device    F  features of a layer          M  heads of attention
+    E  numbers in a head                S  tokens that are looked at    X, Y  any
 
 A joined letter is a merged dimension: input_ids_NT holds N = A * D * B rows. Model inputs keep their transformers names.
 """
@@ -45,7 +51,10 @@ import os
 import signal
 import sys
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
+
+# The models are ours: transformers need not say at each start that PyTorch is missing.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def begin(version: str, script: str, as_program: bool) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import datasets
+import flax.linen as nn
 from transformers import PretrainedConfig
 
 from flaxlm import files
@@ -62,7 +63,7 @@ class TrainingArguments:
     attention_implementation: Literal["auto", "eager", "chunked", "xla", "cudnn"] = field(
         default="auto",
         metadata={
-            "help": "eager: as transformers' classes; chunked: exact, saves memory, fast on CPUs; xla, cudnn: "
+            "help": "eager: keeps all scores; chunked: exact, saves memory, fast on CPUs; xla, cudnn: "
             "jax.nn.dot_product_attention, without attention dropout. auto: chunked on a CPU, else eager."
         },
     )
@@ -124,6 +125,9 @@ class ModelArguments:
     model_revision: str = field(
         default="main", metadata={"help": "Branch, tag or commit of the Hub repositories of configuration, tokenizer, weights."}
     )
+    resize_token_embeddings: bool = field(
+        default=False, metadata={"help": "Give tokens that the weights don't know rows, the mean of the others."}
+    )
     use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use the Rust tokenizer."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32",
@@ -132,7 +136,9 @@ class ModelArguments:
     token: str | None = field(
         default=None, repr=False, metadata={"help": "Hub token for private models and data; never logged or written."}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a Hub repository."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code of configurations and tokenizers that comes with a Hub repository."}
+    )
 
 
 @dataclass
@@ -157,6 +163,9 @@ class DataArguments:
     validation_file: str | None = field(default=None, metadata={"help": "Evaluation text, formats as for train_file."})
     text_column_name: str | None = field(
         default=None, metadata={"help": "Column with the text. Unset: 'text' if there is one, else the first that holds words."}
+    )
+    document_attention: bool = field(
+        default=False, metadata={"help": "Where a row holds several texts, tokens see those of their own text only."}
     )
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise again even if a cached result exists."})
     validation_split_percentage: int = field(
@@ -198,15 +207,12 @@ class DataArguments:
         return f"holds no text in column {text_column}"
 
 
-class ModelClasses(NamedTuple):
-    """The models that an objective can train: transformers' auto class, and its Flax classes by their configurations'."""
+Classes = Mapping[str, type[nn.Module]]  # the models that an objective can train, by their type
 
-    auto_class: Any
-    by_config: Mapping[type[PretrainedConfig], Any]
 
-    def types(self) -> str:
-        """A sentence listing them."""
-        return "supported are " + ", ".join(config_class.model_type for config_class in self.by_config)
+def supported(classes: Classes) -> str:
+    """A sentence listing the types."""
+    return f"supported are {', '.join(classes)}"
 
 
 class Arguments(NamedTuple):

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import matplotlib.figure
-from transformers import FlaxPreTrainedModel
 
-from flaxlm import arguments, files, outputs
+from flaxlm import arguments, files, models, outputs
 
 
 def run_info(script: str, args: arguments.Arguments) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def run_info(script: str, args: arguments.Arguments) -> dict[str, Any]:
 def write_model_card(
     script: str,
     args: arguments.Arguments,
-    model: FlaxPreTrainedModel,
+    model: nn.Module,
     curve: Sequence[tuple[int, float]],
     results: Mapping[str, float],
     evaluations: Mapping[int, Mapping[str, float]],
@@ -49,12 +49,15 @@ def write_model_card(
     info, output_dir = run_info(script, args), args.training.output_dir
     source = args.model.model_name_or_path and shown_path(args.model.model_name_or_path)
     data = shown_path(args.data.dataset_name or args.data.train_file or args.data.validation_file)
-    architecture = type(model).__name__.removeprefix("Flax")
+    architecture = models.pytorch_class(model)
     draw_curves(os.path.join(output_dir, "training_curves.png"), curve, evaluations)
     table = "\n".join(f"| {label} | {figure} |" for label, figure in figures(results))
     versions = ", ".join(f"{key} {value}" for key, value in info["versions"].items())
     tags = ", ".join(("jax", "flax", model.config.model_type, outputs.CARD_TAG))
     name = repo_id or "."
+    objective = next(name for name, value in vars(models).items() if name.isupper() and type(model) in value.values())
+    inputs = "input_ids, attention_mask"
+    inputs += ", decoder_input_ids, decoder_attention_mask" if models.has_decoder(model) else ""
     where = "" if repo_id else "  # the directory of this file, or its path"
     card = f"""---
 library_name: transformers
@@ -81,9 +84,11 @@ model = {architecture}.from_pretrained("{name}")  # PyTorch, transformers 4 or 5
 ```
 
 ```python
-from transformers import Flax{architecture}
+from flaxlm import models, weights
 
-model = Flax{architecture}.from_pretrained("{name}")  # Flax, transformers 4
+model, params = weights.from_pretrained("{name}", models.{objective})  # Flax
+hidden = model.apply({{"params": params}}, {inputs})
+scores = model.apply({{"params": params}}, hidden, method="scores")
 ```
 
 ## How it was trained

@@ -14,11 +14,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from transformers import FlaxPreTrainedModel, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from flaxlm import arguments, batches, cli, files, hub, outputs, sharding, weights
 
@@ -43,7 +44,7 @@ class Saver:
     def __init__(
         self,
         training_args: arguments.TrainingArguments,
-        model: FlaxPreTrainedModel,
+        model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         identity: Mapping[str, Any],
         uploads: hub.Hub | None,

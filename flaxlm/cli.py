@@ -71,9 +71,13 @@ def reading(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{what}: {first_line(error)} ({type(error).__name__})"
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in ACCIDENTS:
+        if is_accident(error):
             raise Accident(reason) from error
         raise Mistake(" ".join(reason.split())) from error
+
+
+def is_accident(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in ACCIDENTS
 
 
 ACCIDENTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EFBIG}
@@ -276,10 +280,10 @@ def set_up_logging() -> None:
     if not sys.stderr.isatty():  # where their bars would be cursor codes
         datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()
-    # Said at every start; requirements.txt pins the release for that reason and the documentation explains it.
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax; what fails there is reported here
-    flax_logger = logging.getLogger("transformers.modeling_flax_utils")
-    flax_logger.addFilter(lambda record: "classes are deprecated" not in record.getMessage())
+    # Said of every default configuration with a smaller vocabulary: its special ids follow from the tokenizer, but later.
+    configurations_logger = logging.getLogger("transformers.configuration_utils")
+    configurations_logger.addFilter(lambda record: "within the vocabulary" not in record.getMessage())
 
 
 @functools.cache

@@ -33,7 +33,7 @@ GROUPS = {
 def parse(
     argv: Sequence[str] | None,
     data_class: type[arguments.DataArguments],
-    models: arguments.ModelClasses,
+    classes: arguments.Classes,
     description: str | None,
 ) -> arguments.Arguments:
     """Read the command line (or its JSON file) and check all that can be checked without loading anything.
@@ -56,7 +56,7 @@ def parse(
     check_paths(args)
     check_training_arguments(args.training)
     check_data_arguments(args.data, args.training)
-    check_model_arguments(args.model, args.training, models)
+    check_model_arguments(args.model, args.training, classes)
     check_output_dir(args.training)
     args.data.check(args.model)
     return args
@@ -162,7 +162,7 @@ def check_data_arguments(data_args: arguments.DataArguments, training_args: argu
 
 
 def check_model_arguments(
-    model_args: arguments.ModelArguments, training_args: arguments.TrainingArguments, models: arguments.ModelClasses
+    model_args: arguments.ModelArguments, training_args: arguments.TrainingArguments, classes: arguments.Classes
 ) -> None:
     """Is it said which model, and which tokenizer; can it compute like that?"""
     if not (model_args.config_name or model_args.model_name_or_path or model_args.model_type):
@@ -170,9 +170,11 @@ def check_model_arguments(
     if not (model_args.tokenizer_name or model_args.model_name_or_path):
         cli.fail("no tokenizer: give --tokenizer_name (prepare_model_dir.py trains one) or --model_name_or_path")
     if model_args.model_type and model_args.model_type not in CONFIG_MAPPING:
-        cli.fail(f"--model_type {model_args.model_type}: unknown; {models.types()}")
+        cli.fail(f"--model_type {model_args.model_type}: unknown; {arguments.supported(classes)}")
     if model_args.config_overrides and model_args.model_name_or_path:
         cli.fail("--config_overrides: changes fresh models only; the weights of --model_name_or_path fix the configuration")
+    if model_args.resize_token_embeddings and not model_args.model_name_or_path:
+        cli.fail("--resize_token_embeddings: adds rows to the weights of --model_name_or_path; a fresh model has what it needs")
     if model_args.dtype == "float16":
         cli.fail("--dtype float16: would need loss scaling, which this script does not do; use bfloat16")
     if training_args.attention_implementation == "cudnn" and model_args.dtype == "float32":

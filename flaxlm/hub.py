@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Uploads to the Hugging Face Hub, in the background."""
 
+import json
 import logging
 import os
 import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
-import requests
 
-from flaxlm import arguments, cli, outputs, processes
+from flaxlm import arguments, cli, outputs, processes, streams
 
 logger = logging.getLogger(__name__)
 
@@ -38,21 +40,15 @@ class Hub:
     def __init__(self, training_args: arguments.TrainingArguments):
         self.args, self.failed, self.thread = training_args, False, None
         name = training_args.hub_model_id or os.path.basename(os.path.abspath(training_args.output_dir))
-        huggingface_hub.configure_http_backend(self.make_session)
+        huggingface_hub.set_client_factory(client_factory(self.TIMEOUT))
         self.api = huggingface_hub.HfApi(token=training_args.hub_token)
         try:
             url = self.api.create_repo(name, private=training_args.hub_private_repo or None, exist_ok=True)
             self.repo_id = url.repo_id
-        except (OSError, ValueError) as error:
+            self.api.auth_check(self.repo_id, write=True)  # one that is there already is no error, whoever it belongs to
+        except Exception as error:  # of the client, and of the library that it talks with
             cli.fail(f"--push_to_hub: the repository {name} cannot be created: {self.describe(error)}")
         logger.info("Uploading to %s", url)
-
-    def make_session(self) -> requests.Session:
-        """The client waits for an answer without end, so set a limit."""
-        session = requests.Session()
-        send = session.send
-        session.send = lambda request, **kwargs: send(request, **kwargs | {"timeout": kwargs.get("timeout") or self.TIMEOUT})
-        return session
 
     def push(self, step: int, final: bool = False, stop: processes.StopSignal | None = None) -> None:
         """Upload what output_dir holds now; while an upload is under way only the final one waits for it and follows.
@@ -96,10 +92,7 @@ class Hub:
         with snapshot:
             for attempt in range(self.NUM_TRIES):
                 try:
-                    replaced = ["last-checkpoint/**"] if self.args.hub_strategy == "checkpoint" else None
-                    self.api.upload_folder(
-                        repo_id=self.repo_id, folder_path=snapshot.name, commit_message=message, delete_patterns=replaced
-                    )
+                    self.api.create_commit(self.repo_id, self.changes(snapshot.name), commit_message=message)
                     self.failed = False
                     return
                 except Exception as error:
@@ -109,6 +102,19 @@ class Hub:
                         break
                     time.sleep(min(2.0**attempt, 30))
         logger.error("Step %d is not on the Hub; training goes on. By hand: %s", step, self.by_hand())
+
+    def changes(self, directory: str) -> list[huggingface_hub.CommitOperationAdd | huggingface_hub.CommitOperationDelete]:
+        """All files of a directory as one commit, which does away with an older training state too.
+
+        Not upload_folder, which may make several commits: who fetches the repository between two would get a torn state.
+        """
+        paths = {path.relative_to(directory).as_posix(): str(path) for path in Path(directory).rglob("*") if path.is_file()}
+        changes = [huggingface_hub.CommitOperationAdd(name, path) for name, path in sorted(paths.items())]
+        if self.args.hub_strategy == "checkpoint":
+            there = self.api.list_repo_files(self.repo_id)
+            gone = [name for name in there if name.startswith("last-checkpoint/") and name not in paths]
+            changes += [huggingface_hub.CommitOperationDelete(name) for name in gone]
+        return changes
 
     def check(self) -> None:
         """Raise NotUploadedError if the last upload failed."""
@@ -133,4 +139,21 @@ class Hub:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status is not None:
             return status in (408, 429) or status >= 500
-        return isinstance(cause, requests.RequestException)
+        is_gateway = isinstance(cause, json.JSONDecodeError)  # which answers in HTML, where the client reads JSON
+        return is_gateway or streams.is_about_network(cause)
+
+
+def client_factory(seconds: float) -> Callable[[], Any]:
+    """What makes the client's connections: as by default, but a request without an answer for so long counts as failed.
+
+    By default it waits without end, and some calls ask for that themselves.
+    """
+    default = huggingface_hub.get_session()
+    hooks = default.event_hooks["request"]
+
+    def limit(request: Any) -> None:
+        asked = request.extensions.get("timeout") or {}
+        names = ("connect", "read", "write", "pool")
+        request.extensions["timeout"] = {name: asked.get(name) or seconds for name in names}
+
+    return lambda: type(default)(event_hooks={"request": [*hooks, limit]}, follow_redirects=True, timeout=None)

@@ -1,10 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers as they are fast: products and sums in the order that suits a CPU, dropout by hashing."""
+"""What models are made of, as it is fast: products and sums in an order that suits a CPU, dropout by hashing, stacks."""
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+
+class Compute(NamedTuple):
+    """How a model is computed; what it computes does not depend on it, but for rounding."""
+
+    dtype: jnp.dtype = jnp.float32  # of activations; weights, norms and softmax are float32
+    attention: str = "eager"  # implementation, see attention.Attention
+    remat: bool = False  # layers are computed again in the backward pass, instead of keeping their activations
+    scan: bool = False  # one program for all layers of a stack: it compiles faster, but moves weights and activations
+
+
+# ---- Products and sums -------------------------------------------------------------------------------------------------
 
 
 def contract(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, dtype: jnp.dtype) -> jax.Array:
@@ -85,3 +100,164 @@ def dropout(inputs: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
     keep = bits ^ (bits >> 16) >= jnp.uint32(rate * 2**32)
     return jnp.where(keep, inputs / (1 - rate), 0).astype(inputs.dtype)
+
+
+# ---- Modules -----------------------------------------------------------------------------------------------------------
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": nn.gelu,
+    "gelu_fast": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "tanh": nn.tanh,
+}
+
+
+def product(module: nn.Module, inputs: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+    """inputs [..., D] @ kernel [D, F] in the type of the inputs, within a module, by `matmul` where that is faster."""
+    # When weights are made only shapes matter, and no device must be touched: the process may still fork.
+    if module.is_initializing() or jax.default_backend() != "cpu":
+        return inputs @ kernel_DF.astype(inputs.dtype)
+    return matmul(inputs, kernel_DF)
+
+
+class Dense(nn.Module):
+    """inputs [..., D] to [..., features] in `dtype`."""
+
+    features: int
+    dtype: jnp.dtype
+    use_bias: bool = True
+    kernel_init: Callable = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        kernel_DF = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features))
+        outputs = product(self, inputs.astype(self.dtype), kernel_DF)
+        if not self.use_bias:
+            return outputs
+        return outputs + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root of the mean square, then multiply by a weight (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    `offset` is added to the weight, which then begins at 1 - offset: Gemma's is 1.
+    """
+
+    epsilon: float
+    dtype: jnp.dtype
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        weight_H = self.param("weight", nn.initializers.constant(1 - self.offset), (inputs.shape[-1],))
+        inputs = inputs.astype(jnp.float32)
+        inputs *= jax.lax.rsqrt(jnp.square(inputs).mean(-1, keepdims=True) + self.epsilon)
+        return (inputs * (weight_H + self.offset)).astype(self.dtype)
+
+
+class Dropout(nn.Module):
+    """Dropout by hashing, in training, which is where there is a random key named "dropout"."""
+
+    rate: float
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        if not self.rate or not self.has_rng("dropout"):
+            return inputs
+        return dropout(inputs, self.rate, self.make_rng("dropout"))
+
+
+class Layers(nn.Module):
+    """Layers that are alike, one after the other; their weights are named 0, 1, ... as they are in files.
+
+    Attributes:
+        layer: makes one of them: a module that takes hidden states, perhaps its share of `each`, and what all get, and
+            returns the new hidden states.
+        first: makes the first one, if that has other weights than the rest.
+        drop_rate: share of the layers that are left out, at random, in training (Fan et al. 2020, arXiv:1909.11556).
+    """
+
+    layer: Callable[..., nn.Module]
+    num_layers: int
+    compute: Compute
+    first: Callable[..., nn.Module] | None = None
+    drop_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, *common: Any, each: Any = None) -> jax.Array:
+        """`each` is a tree of arrays [layers, ...], of which each layer gets its part; None if there is none."""
+        parts = [jax.tree.map(lambda array, i=i: array[i], each) for i in range(self.num_layers)]
+        made = [(self.first if self.first and i == 0 else self.layer)(parent=None) for i in range(self.num_layers)]
+        if self.is_initializing():
+            for i, layer in enumerate(made):
+                inputs = (hidden, *([] if each is None else [parts[i]]), *common)
+                self.param(str(i), lambda rng, layer=layer, inputs=inputs: layer.init(rng, *inputs)["params"])
+            return hidden
+
+        def run(layer: nn.Module, hidden: jax.Array, params: Any, part: Any, rng: jax.Array | None) -> jax.Array:
+            inputs = (hidden, *([] if part is None else [part]), *common)
+            if rng is None:
+                return layer.apply({"params": params}, *inputs)
+            outputs = layer.apply({"params": params}, *inputs, rngs={"dropout": rng})
+            if not self.drop_rate:
+                return outputs
+            return jnp.where(jax.random.bernoulli(jax.random.fold_in(rng, 1), self.drop_rate), hidden, outputs)
+
+        params = [self.get_variable("params", str(i)) for i in range(self.num_layers)]
+        rngs = [None] * self.num_layers
+        if self.has_rng("dropout"):
+            rngs = jax.random.split(self.make_rng("dropout"), self.num_layers)
+        one_by_one = self.num_layers if not self.compute.scan else 1 if self.first else 0
+        for i in range(one_by_one):
+            step = functools.partial(run, made[i])
+            hidden = (jax.checkpoint(step) if self.compute.remat else step)(hidden, params[i], parts[i], rngs[i])
+        if one_by_one == self.num_layers:
+            return hidden
+
+        def body(hidden: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
+            return run(made[-1], hidden, *inputs), None
+
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *params[one_by_one:])
+        rest = jax.tree.map(lambda array: array[one_by_one:], each)
+        body = jax.checkpoint(body, prevent_cse=False) if self.compute.remat else body
+        return jax.lax.scan(body, hidden, (stacked, rest, None if rngs[0] is None else rngs[one_by_one:]))[0]
+
+
+def weight_at(module: nn.Module, path: str) -> jax.Array:
+    """A weight of a module or of one within it, by its path, as "embeddings/word_embeddings/embedding"."""
+    return functools.reduce(lambda tree, name: tree[name], path.split("/"), module.variables["params"])
+
+
+def vocabulary_scores(
+    module: nn.Module, hidden_XH: jax.Array, table_VH: jax.Array, bias_V: jax.Array | None = None
+) -> jax.Array:
+    """Scores of a vocabulary by its table of embeddings, in the type of the hidden states, within a module: [..., V]."""
+    scores_XV = product(module, hidden_XH, table_VH.T)
+    return scores_XV if bias_V is None else add_bias(scores_XV, bias_V)
+
+
+class VocabularyHead(nn.Module):
+    """Scores of a vocabulary by its table of embeddings or, where there is none to share, by weights of its own: [..., V].
+
+    Either way the bias, if there is one, is its own.
+    """
+
+    num_tokens: int
+    dtype: jnp.dtype
+    use_bias: bool = True
+    kernel_init: Callable = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, hidden_XH: jax.Array, table_VH: jax.Array | None) -> jax.Array:
+        bias_V = self.param("bias", nn.initializers.zeros, (self.num_tokens,)) if self.use_bias else None
+        if table_VH is not None:
+            return vocabulary_scores(self, hidden_XH, table_VH, bias_V)
+        dense = Dense(self.num_tokens, self.dtype, use_bias=False, kernel_init=self.kernel_init)
+        nn.share_scope(self, dense)
+        scores_XV = dense(hidden_XH)
+        return scores_XV if bias_V is None else add_bias(scores_XV, bias_V)

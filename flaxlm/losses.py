@@ -1,13 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross-entropy over a vocabulary, summed and weighted; for many tokens a chunk at a time."""
+"""Cross-entropy over a vocabulary, summed and weighted, from hidden states and a model's head; never [tokens, vocabulary]."""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+
+CHUNK_SCORES = 2**22  # scores at a time, 16 MiB in float32, or more if there were more than ...
+MAX_CHUNKS = 16  # ... so many chunks: small ones keep no accelerator busy
+
+
+def labelled_cross_entropy(
+    model: nn.Module, params: Any, hidden_BTH: jax.Array, positions_K: jax.Array, labels_K: jax.Array, weights_K: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of the tokens at flat positions into B * T only: the weighted sum, and that of how many labels score highest.
+
+    So the head sees [K, H], and the scores are [K, V].
+    """
+    hidden_KH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])[positions_K]
+    scores_KV = model.apply({"params": params}, hidden_KH, method="scores")
+    return weighted_cross_entropy(scores_KV, labels_K, weights_K)
+
+
+def fused_cross_entropy(
+    model: nn.Module, params: Any, hidden_BTH: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of all tokens: the weighted sum, and that of how many labels score highest; head and loss a chunk of them at a time."""
+    num_chunks = min(math.ceil(labels_BT.size * model.config.vocab_size / CHUNK_SCORES), MAX_CHUNKS)
+
+    def head_fn(head_params: Any, hidden_CH: jax.Array) -> jax.Array:
+        return model.apply({"params": head_params}, hidden_CH, method="scores").astype(jnp.float32)
+
+    def cut(array: jax.Array) -> jax.Array:
+        """[N, ...] to [chunks, C, ...], the last one filled up with zeros: its weights too."""
+        size = math.ceil(len(array) / num_chunks)
+        array = jnp.pad(array, [(0, size * num_chunks - len(array)), *[(0, 0)] * (array.ndim - 1)])
+        return array.reshape(num_chunks, size, *array.shape[1:])
+
+    hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])
+    chunks = (cut(array) for array in (hidden_NH, labels_BT.reshape(-1), weights_BT.reshape(-1)))
+    return chunked_cross_entropy(head_fn, only(params, model.head_weights), *chunks)
+
+
+def only(tree: Mapping[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:
+    """The parts of a tree that lie at these paths, as "cls/predictions": what a function of no other parts gets."""
+    found: dict[str, Any] = {}
+    for path in paths:
+        *parents, name = path.split("/")
+        source, target = tree, found
+        for parent in parents:
+            source, target = source[parent], target.setdefault(parent, {})
+        target[name] = source[name]
+    return found
 
 
 def weighted_cross_entropy(logits_NV: jax.Array, labels_N: jax.Array, weights_N: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
-from transformers import FlaxPreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from flaxlm import arguments, batches, cards, checkpoints, cli, corpus, files, hub, logs, outputs, processes, sharding
 
@@ -36,7 +37,7 @@ class Run:
         args: arguments.Arguments,
         data: corpus.Corpus,
         plan: batches.Plan,
-        model: FlaxPreTrainedModel,
+        model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         uploads: hub.Hub | None,
     ):

@@ -131,7 +131,7 @@ def told_of_streams(source: str) -> Iterator[None]:
         raise cli.Accident(f"{source}: the network failed: {cli.first_line(error)}; {advice}") from mistake
 
 
-NETWORK_PACKAGES = {"aiohttp", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3"}
+NETWORK_PACKAGES = {"aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "requests", "urllib3"}
 
 
 def is_about_network(error: BaseException) -> bool:
@@ -160,7 +160,7 @@ def open_streams(
 
     def make_stream(split: str, num_skipped: int = 0) -> TextStream:
         open_dataset = functools.partial(open_shard, sources[split], num_skipped)
-        tokenize_column = functools.partial(tokenize_fn, text_column=columns[split])
+        tokenize_column = token_rows.column_function(tokenize_fn, columns[split], collator)
         sizes = args.data.shuffle_buffer_size, args.training.seed
         return TextStream(open_dataset, tokenize_column, columns[split], collator, *sizes, name_of(split, args.data))
 

@@ -43,6 +43,25 @@ class Collator(Protocol):
         """Rows, random numbers [rows, draws_per_row] and which rows count, to model inputs and labels."""
 
 
+TEXT_STARTS = "text_starts"  # a column of rows for --document_attention: 1 where a text begins
+
+
+def with_text_starts(batch: Mapping[str, list], tokenize_fn: Callable[..., Mapping[str, list]]) -> dict[str, list]:
+    """What `tokenize_fn` makes of a batch of texts, and a column that marks the first token of each."""
+    columns = tokenize_fn(batch)
+    return {**columns, TEXT_STARTS: [[1] * (len(ids) > 0) + [0] * (len(ids) - 1) for ids in columns["input_ids"]]}
+
+
+def number_texts(rows: TokenRows, is_token_NT: np.ndarray) -> np.ndarray:
+    """Which text of its row a token is of, from 1, if the rows mark texts, else 1; and 0 for padding: int32 [N, T].
+
+    As an attention mask it lets tokens see those of the same number.
+    """
+    if TEXT_STARTS not in rows:
+        return is_token_NT.astype(np.int32)
+    return np.where(is_token_NT, 1 + np.cumsum(rows[TEXT_STARTS], axis=1), 0).astype(np.int32)
+
+
 def tokenize_and_group(
     splits: Mapping[str, datasets.Dataset],
     tokenize_fn: TokenizeFn,
@@ -54,7 +73,7 @@ def tokenize_and_group(
     rows, code = {}, fingerprint(tokenize_fn)
     for split, dataset in splits.items():
         text_column = source_column(split, dataset, collator, data_args)
-        column_fn = functools.partial(tokenize_fn, text_column=text_column)
+        column_fn = column_function(tokenize_fn, text_column, collator)
         parts = {"text_column": text_column, "columns": list(collator.columns)}
         result = datasets.fingerprint.update_fingerprint(dataset._fingerprint, code, parts)
         tokenized = tokenize(dataset, column_fn, split, result, list(collator.columns), data_args, cache_dir)
@@ -65,6 +84,12 @@ def tokenize_and_group(
         else:
             rows[split] = cut_rows(tokenized, collator.columns, collator.row_length, cache_dir)
     return rows
+
+
+def column_function(tokenize_fn: TokenizeFn, text_column: str, collator: Collator) -> Callable[..., Mapping[str, list]]:
+    """What tokenises texts of that column to the columns that the collator wants."""
+    column_fn = functools.partial(tokenize_fn, text_column=text_column)
+    return functools.partial(with_text_starts, tokenize_fn=column_fn) if TEXT_STARTS in collator.columns else column_fn
 
 
 def source_column(split: str, dataset: datasets.Dataset, collator: Collator, data_args: arguments.DataArguments) -> str:

@@ -1,248 +1,183 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of a model: fresh or from a file, in Flax's or in PyTorch's layout; and saving the whole model in both."""
+"""Weights of a model: fresh, or from files of a directory or of the Hub; and saving the whole model, in two layouts."""
 
-import contextlib
 import copy
-import importlib.util
 import logging
 import os
-import pickle
-import re
 import shutil
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import unfreeze
-from flax.traverse_util import flatten_dict
+from flax.serialization import msgpack_serialize
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
-from safetensors import safe_open
 from safetensors.numpy import save_file
-from transformers import FlaxPreTrainedModel, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from flaxlm import arguments, cli, patches, randomness, sharding
+from flaxlm import arguments, cli, layers, layouts, models, randomness, sharding, tokenization, weight_files
 
 logger = logging.getLogger(__name__)
 
 
-def check(config: PretrainedConfig, args: arguments.Arguments, models: arguments.ModelClasses) -> None:
-    """Refuse a configuration that no Flax class follows, and weights that are not there or cut short.
+def check(config: PretrainedConfig, args: arguments.Arguments, classes: arguments.Classes) -> None:
+    """Refuse a configuration that no model follows, and weights that are not there or cut short.
 
     Before the text is prepared, in less than a second, and without touching a device, so that the process can still fork.
     """
     source = args.model.model_name_or_path
     if source and os.path.isdir(source):
-        check_files(source)
-    if type(config) not in models.by_config:
-        return  # comes with a Hub repository
-    patches.check_fields(config, models.by_config[type(config)])
-    shallow = copy.deepcopy(config)  # layers are alike, and tables of positions take time
-    for name, most in LARGEST_TO_TRY.items():
-        if getattr(shallow, name, None) is not None:
-            setattr(shallow, name, min(getattr(shallow, name), most))
-
-    def build() -> None:
-        model = models.auto_class.from_config(shallow, dtype=jnp.dtype(args.model.dtype), _do_init=False)
-        if args.training.gradient_checkpointing:
-            enable_gradient_checkpointing(model, models)
-
+        weight_files.check(source)
+    models.check(config, args.training.attention_implementation)
+    shallow = copy.deepcopy(config)  # layers are alike
+    for name in ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"):
+        if isinstance(getattr(shallow, name, None), int):
+            setattr(shallow, name, min(getattr(shallow, name), 2))
     try:
-        jax.eval_shape(build)
-    except cli.Ending:
-        raise
+        shapes_of(classes[config.model_type](shallow))
     except Exception as error:  # whatever the classes and jax make of sizes that do not go together
         cli.fail(f"the configuration makes no model: {type(error).__name__}: {cli.first_line(error)}")
 
 
-LARGEST_TO_TRY = {
-    "num_hidden_layers": 2, "encoder_layers": 2, "decoder_layers": 2, "num_decoder_layers": 2, "max_position_embeddings": 128,
-}  # fmt: skip
-WEIGHTS_FILES = (  # in the order in which transformers looks for them
-    "flax_model.msgpack", "flax_model.msgpack.index.json", "model.safetensors", "model.safetensors.index.json",
-    "pytorch_model.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
+def init(model: nn.Module, rng: jax.Array) -> dict[str, Any]:
+    """Fresh weights, float32."""
+    ids = jnp.ones((1, 2), jnp.int32)
+    return model.init(rng, *((ids, ids) * (2 if models.has_decoder(model) else 1)))["params"]
 
 
-def check_files(source: str) -> None:
-    """Are there weights in a directory that can be read; and is model.safetensors, whose beginning tells its size, whole?"""
-    name = weights_file(source)
-    if name is None:
-        files = "no flax_model.msgpack, no model.safetensors and no pytorch_model.bin"
-        cli.fail(f"--model_name_or_path {source}: no model: there is {files} in it")
-    if name == "model.safetensors.index.json":
-        refuse_shards(source)
-    if name.startswith("pytorch_model.bin"):
-        require_pytorch(source)
-    if name == "model.safetensors":
-        try:
-            with safe_open(os.path.join(source, name), "numpy"):
-                pass
-        except Exception as error:
-            cli.fail(f"--model_name_or_path {source}: no model: {why_not_loaded(source, error)}")
+def shapes_of(model: nn.Module) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """The shapes of a model's weights by their paths; no device is touched."""
+    return flatten_dict(jax.eval_shape(lambda: init(model, jax.random.key(0))))
 
 
-def weights_file(source: str) -> str | None:
-    """The file of a directory that weights are read from."""
-    return next((name for name in WEIGHTS_FILES if os.path.isfile(os.path.join(source, name))), None)
+def load(model: nn.Module, args: arguments.Arguments, mesh: Mesh) -> Any:
+    """The weights to start from, float32, the same on every device of the mesh."""
+    source, found = args.model.model_name_or_path, {}
+    if source:
+        logger.info("Loading weights from %s", source)
+        found = read(model, args.model)
+        model.config.dtype = "float32"  # what is trained and saved here, whatever the checkpoint was stored in
 
-
-def refuse_shards(source: str) -> NoReturn:
-    cli.fail(
-        f"--model_name_or_path {source}: its model.safetensors is in several files, which cannot be read here: save it"
-        " again in one, with save_pretrained(..., max_shard_size='100GB')"
+    return initialize(
+        model, randomness.device_rng(args.training.seed, "weights"), found, NamedSharding(mesh, sharding.REPLICATED)
     )
 
 
-def require_pytorch(source: str) -> None:
-    if importlib.util.find_spec("torch") is None:
-        remedy = "install it (pip install torch), or save the model as model.safetensors elsewhere"
-        cli.fail(f"--model_name_or_path {source}: its weights are in pytorch_model.bin, which needs PyTorch: {remedy}")
+def initialize(
+    model: nn.Module, rng: jax.Array, found: Mapping[tuple[str, ...], np.ndarray], where: NamedSharding | None = None
+) -> dict[str, Any]:
+    """The weights that were found, by their paths, and fresh ones for the rest, float32."""
+
+    def complete(rng: jax.Array, found: Mapping[str, jax.Array]) -> dict[str, Any]:
+        return unflatten_dict(flatten_dict(init(model, rng), sep="/") | found, sep="/")
+
+    return jax.jit(complete, out_shardings=where)(rng, {"/".join(path): array for path, array in found.items()})
 
 
-def why_not_loaded(source: str, error: Exception) -> str:
-    """The reason why there is no model, for an error of the libraries that read weights."""
-    name, reason = weights_file(source), cli.first_line(error)
-    shapes = SHAPES.search(reason)
-    if shapes:
-        weight, one, other = (group for group in shapes.groups() if group)
-        return f"the configuration is not that of the weights: {weight} has the shape {one} in one and {other} in the other"
-    if isinstance(error, pickle.UnpicklingError):
-        return f"{name or 'pytorch_model.bin'} is damaged, or holds more than weights, which is not opened"
-    if name is None or (isinstance(error, OSError) and error.errno is None):  # transformers says what it misses
-        return reason
-    return f"{name} is cut short, damaged or of another kind: {type(error).__name__}: {reason}"
+def from_pretrained(source: str, classes: arguments.Classes, compute: layers.Compute | None = None) -> tuple[nn.Module, Any]:
+    """A model of a directory or of the Hub and its weights, for use elsewhere: (model, params). As in
 
-
-# What transformers says of one weight's name and two shapes, in Flax's and in PyTorch's layout.
-SHAPES = re.compile(
-    r"weight for (.*) failed: .*? has shape (\(.*?\)) .* model shape (\(.*?\))"
-    r"|Weight (.*) was expected to be of shape (\(.*?\)), but is (\(.*?\))"
-)
-
-
-def load_model(
-    config: PretrainedConfig, args: arguments.Arguments, models: arguments.ModelClasses, mesh: Mesh
-) -> tuple[FlaxPreTrainedModel, Any]:
-    """Build the model and its float32 weights, the same on every device of the mesh: (model, params)."""
-    model_args, params = args.model, None
-    dtype, source = jnp.dtype(model_args.dtype), model_args.model_name_or_path
-    try:
-        if source:
-            logger.info("Loading weights from %s", source)
-            options = {"cache_dir": model_args.cache_dir, "token": model_args.token, "revision": model_args.model_revision}
-            options |= {"trust_remote_code": model_args.trust_remote_code, "dtype": dtype}
-            loaded = read_weights(source, config, models, options)
-            params, model = loaded.params, type(loaded)(config, dtype=dtype, _do_init=False)  # holds no second copy
-            del loaded
-            config.dtype = "float32"  # what is trained and saved here, whatever the checkpoint was stored in
-        else:
-            model = models.auto_class.from_config(config, dtype=dtype, _do_init=False)
-    except (cli.Ending, MemoryError, jax.errors.JaxRuntimeError):
-        raise
-    except Exception as error:  # each library that reads weights has errors of its own
-        place = f"--model_name_or_path {source}" if source else "the configuration"
-        cli.fail(f"{place}: no model: {why_not_loaded(source or '', error)}")
-    if args.training.gradient_checkpointing:
-        enable_gradient_checkpointing(model, models)
-
-    def initialize(rng, params):
-        params = unfreeze(params or model.init_weights(rng, model.input_shape))
-        return jax.tree.map(lambda array: array.astype(jnp.float32), params)
-
-    initialize = jax.jit(initialize, out_shardings=NamedSharding(mesh, sharding.REPLICATED))
-    return model, initialize(randomness.device_rng(args.training.seed, "weights"), params)
-
-
-def read_weights(
-    source: str, config: PretrainedConfig, models: arguments.ModelClasses, options: Mapping[str, Any]
-) -> FlaxPreTrainedModel:
-    """The model of a directory or of the Hub: in Flax layout or, where that is not there, in PyTorch's.
-
-    model.safetensors is read without PyTorch; pytorch_model.bin, an older kind of file, only PyTorch can read.
+    model, params = weights.from_pretrained("my-run", models.CAUSAL)
+    hidden_BTH = model.apply({"params": params}, input_ids_BT, attention_mask_BT)
+    scores_BTV = model.apply({"params": params}, hidden_BTH, method="scores")
     """
-    is_pickle = os.path.isdir(source) and (weights_file(source) or "").startswith("pytorch_model.bin")
-    try:
-        if not is_pickle:
-            return models.auto_class.from_pretrained(source, config=config, **options)
-    except OSError as error:
-        if "from_pt=True" not in str(error):  # what transformers says where pytorch_model.bin is all there is
-            raise
-    except NotImplementedError:
-        refuse_shards(source)
-    require_pytorch(source)
-    return models.auto_class.from_pretrained(source, config=config, from_pt=True, **options)
+    config = AutoConfig.from_pretrained(source)
+    model = classes[config.model_type](config, compute or layers.Compute())
+    found = read(model, arguments.ModelArguments(model_name_or_path=source))
+    if missing := [path for path in shapes_of(model) if path not in found]:
+        raise ValueError(f"{source} has no weights for {', '.join(map('.'.join, missing))}")
+    return model, unflatten_dict(found)
 
 
-def enable_gradient_checkpointing(model: FlaxPreTrainedModel, models: arguments.ModelClasses) -> None:
-    """Recompute activations in the backward pass, where the model class can."""
-    try:
-        model.enable_gradient_checkpointing()
-    except NotImplementedError:
-        able = [
-            config_class.model_type
-            for config_class, model_class in models.by_config.items()
-            if model_class.enable_gradient_checkpointing is not FlaxPreTrainedModel.enable_gradient_checkpointing
-        ]
-        remedy = f"only for {', '.join(able)}" if able else "by no Flax class of this objective; drop the flag"
-        cli.fail(f"--gradient_checkpointing: not implemented for {model.config.model_type}, {remedy}")
+# ---- From files --------------------------------------------------------------------------------------------------------
+
+
+def read(model: nn.Module, model_args: arguments.ModelArguments) -> dict[tuple[str, ...], np.ndarray]:
+    """The weights of a model that are in files, float32, by their paths; what is missing or superfluous is named in the log.
+
+    With --resize_token_embeddings tables that are too short for the model's vocabulary get rows.
+    """
+    place = f"--model_name_or_path {model_args.model_name_or_path}"
+    stored = weight_files.open_weights(model_args)
+    names = layouts.find(stored.keys(), shapes_of(model), stored.is_pytorch)
+    if not names:
+        some = ", ".join(sorted(stored.keys())[:3])
+        cli.fail(f"{place}: no model: its files hold none of the weights of {type(model).__name__}, but {some}, ...")
+    check_one_table(stored, names, place)
+    found, resized = {}, []
+    for path, shape in shapes_of(model).items():
+        if path not in names:
+            continue
+        array = stored.read(names[path])
+        if stored.is_pytorch and layouts.pytorch_name(path, array.ndim)[1]:
+            array = array.T
+        if array.shape != shape.shape and model_args.resize_token_embeddings:
+            longer = add_rows(array, shape.shape, model.config.vocab_size)
+            resized += [path] if longer is not array else []
+            array = longer
+        if array.shape != shape.shape:
+            reason = f"{names[path]} has the shape {array.shape} in one and {shape.shape} in the other"
+            cli.fail(f"{place}: no model: the configuration is not that of the weights: {reason}")
+        found[path] = np.asarray(array, np.float32)
+    if resized:
+        logger.info("New rows, each the mean of those that were there: %s", ", ".join(map("/".join, resized)))
+    tell(
+        "Fresh, since the files have no such weights",
+        [layouts.pytorch_name(p, 2)[0] for p in shapes_of(model) if p not in found],
+    )
+    tell("Not used of the files", layouts.unused(stored.keys(), names.values(), model.config.tie_word_embeddings))
+    return found
+
+
+def check_one_table(stored: weight_files.Stored, names: Mapping[tuple[str, ...], str], place: str) -> None:
+    """Refuse a BART whose sides have tables of embeddings of their own, as PyTorch trains it where the head has one too."""
+    tables = [f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder")]
+    is_one = ("model", "shared", "embedding") in names and set(tables) <= stored.keys()
+    if is_one and not np.array_equal(*map(stored.read, tables)):
+        cli.fail(f"{place}: no model: {' and '.join(tables)} differ; here encoder and decoder have one table")
+
+
+def add_rows(array: np.ndarray, shape: tuple[int, ...], num_tokens: int) -> np.ndarray:
+    """An array of `shape`, whose new rows (or columns) are the mean of those that are there; only of the axis of tokens."""
+    axes = [axis for axis, (has, needs) in enumerate(zip(array.shape, shape, strict=False)) if has < needs == num_tokens]
+    if len(axes) != 1 or array.shape != (*shape[: axes[0]], array.shape[axes[0]], *shape[axes[0] + 1 :]):
+        return array
+    mean = array.mean(axes[0], keepdims=True, dtype=np.float32)
+    return np.concatenate((array, np.repeat(mean, num_tokens - array.shape[axes[0]], axes[0])), axes[0])
+
+
+def tell(what: str, names: list[str], most: int = 6) -> None:
+    """Log names, the first ones if there are many."""
+    if names:
+        more = f", and {len(names) - most} more" if len(names) > most else ""
+        logger.warning("%s: %s%s", what, ", ".join(sorted(names)[:most]), more)
+
+
+# ---- To files ----------------------------------------------------------------------------------------------------------
 
 
 def save_model(
     output_dir: str,
-    model: FlaxPreTrainedModel,
-    params,
+    model: nn.Module,
+    params: Any,
     tokenizer: PreTrainedTokenizerBase,
     save_safetensors: bool,
 ) -> None:
     """Write configuration, tokenizer and weights (NumPy arrays); each file appears whole or not at all."""
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as staging:
-        with TOKENIZER_IN_USE:
+        with tokenization.TOKENIZER_IN_USE:
             tokenizer.save_pretrained(staging)
-        model.save_pretrained(staging, params=params)
+        model.config.architectures = [models.pytorch_class(model)]
+        model.config.save_pretrained(staging)
+        with open(os.path.join(staging, "flax_model.msgpack"), "wb") as file:
+            file.write(msgpack_serialize(params))
         if save_safetensors:
             path = os.path.join(staging, "model.safetensors")
-            save_file(pytorch_state_dict(params), path, metadata={"format": "pt"})
+            save_file(layouts.to_pytorch(params), path, metadata={"format": "pt"})
             shutil.copymode(os.path.join(staging, "config.json"), path)  # safetensors keeps others from reading it
         for name in sorted(os.listdir(staging)):
             os.replace(os.path.join(staging, name), os.path.join(output_dir, name))
-
-
-@contextlib.contextmanager
-def tokenizer_as_loaded(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Within this context calls may truncate or not: a Rust tokenizer remembers the last one, and would be saved with that.
-
-    Its fingerprint would change too, so that what was tokenised with it would not be found again in the cache.
-    """
-    rust = getattr(tokenizer, "backend_tokenizer", None)
-    with TOKENIZER_IN_USE:
-        truncation, padding = (rust.truncation, rust.padding) if rust else (None, None)
-        try:
-            yield
-        finally:
-            if rust:
-                rust.enable_truncation(**truncation) if truncation else rust.no_truncation()
-                rust.enable_padding(**padding) if padding else rust.no_padding()
-
-
-TOKENIZER_IN_USE = threading.RLock()  # a stream tokenises in a thread of its own while the model is saved
-
-
-def pytorch_state_dict(params) -> dict[str, np.ndarray]:
-    """Flax weights under PyTorch's names and in its layout: what transformers 5 and PyTorch load."""
-    state = {}
-    for (*module_path, leaf), array in flatten_dict(params).items():
-        array = np.asarray(array)
-        if leaf == "kernel" and array.ndim == 2:
-            array = array.T
-        leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
-        state[".".join((*module_path, leaf))] = np.ascontiguousarray(array)
-    # Families like BART, and LongT5, have three tables in PyTorch where the head has one of its own.
-    prefix = "" if any("LocalSelfAttention" in name or "TransientGlobalSelfAttention" in name for name in state) else "model."
-    if {f"{prefix}shared.weight", "lm_head.weight"} <= state.keys():
-        table = state[f"{prefix}shared.weight"]
-        state |= {f"{prefix}{side}.embed_tokens.weight": table for side in ("encoder", "decoder")}
-    return state

@@ -9,12 +9,14 @@ The baseline knows how often each token occurs in the training text and nothing 
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, FlaxAutoModelForMaskedLM, PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from flaxlm import models, weights  # noqa: I001 (first: it keeps transformers quiet)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 SENTENCES = (
     "Return the <mask> of the given object.",
@@ -57,12 +59,12 @@ def main() -> None:
         print(f"  chance                                  {0.5:8.1%} {np.log(2):8.3f}")
         print(f"  the model                               {next_accuracy:8.1%} {results['eval_next_sentence_loss']:8.3f}")
 
-    logging.getLogger("transformers.modeling_flax_utils").setLevel(logging.ERROR)  # the Flax classes' farewell message
-    model = FlaxAutoModelForMaskedLM.from_pretrained(args.model_dir)
+    model, params = weights.from_pretrained(str(args.model_dir), models.MASKED)
     sentences = [sentence.replace("<mask>", tokenizer.mask_token) for sentence in SENTENCES]
     inputs = tokenizer(sentences, padding=True, return_tensors="np")
     rows, positions = np.nonzero(inputs["input_ids"] == tokenizer.mask_token_id)
-    logits = np.asarray(model(inputs["input_ids"], inputs["attention_mask"])[0])[rows, positions]
+    hidden = model.apply({"params": params}, inputs["input_ids"], inputs["attention_mask"])
+    logits = np.asarray(model.apply({"params": params}, hidden[rows, positions], method="scores"))
     print("\nWhat it puts in place of <mask>, best first:")
     for sentence, scores in zip(SENTENCES, logits, strict=True):
         best = [repr(tokenizer.decode([i]).strip()) for i in np.argsort(-scores)[:5]]

@@ -9,45 +9,76 @@ were trained on and write down what is missing, or the whole. The baseline alway
 """
 
 import argparse
+import functools
 import importlib
 import json
-import logging
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
-from transformers import AutoTokenizer, FlaxPreTrainedModel, PreTrainedTokenizerBase
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 from fill_mask import count_tokens, unigram_baseline
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flaxlm import randomness
+from flaxlm import models, randomness, weights
 
 SCRIPTS = {"gpt2": "run_clm_flax", "t5": "run_t5_mlm_flax", "bart": "run_bart_dlm_flax"}
 NUM_EXAMPLES = 4
 PROMPT_TOKENS, NEW_TOKENS = 12, 30
 
 
-def continue_paragraphs(model: FlaxPreTrainedModel, tokenizer: PreTrainedTokenizerBase, paragraphs: list[str]) -> None:
+class Writer:
+    """A model that writes one token after the other. It reads all that is there again for each: these models are small."""
+
+    def __init__(self, model: nn.Module, params: Any):
+        self.model, self.params, self.has_decoder = model, params, models.has_decoder(model)
+        self.scores = jax.jit(functools.partial(self.scores_of_next, model))
+
+    def scores_of_next(self, model: nn.Module, params: Any, source: tuple, ids_BT: jax.Array, position: int) -> jax.Array:
+        """Scores of the token behind `position`: [B, V]."""
+        hidden_BTH = model.apply({"params": params}, *source, ids_BT, jnp.ones_like(ids_BT))
+        return model.apply({"params": params}, hidden_BTH[:, position], method="scores")
+
+    def write(
+        self, begun_BT: np.ndarray, num_tokens: int, source: tuple[np.ndarray, ...] = (), temperature: float = 0.0
+    ) -> np.ndarray:
+        """What follows on `begun_BT`: int [B, num_tokens], drawn at random or, at temperature 0, the likeliest."""
+        T = begun_BT.shape[1]
+        ids = np.pad(begun_BT, ((0, 0), (0, num_tokens)))
+        for position in range(T, T + num_tokens):
+            scores = self.scores(self.params, source, ids, position - 1)
+            key = jax.random.fold_in(jax.random.key(0), position)
+            drawn = jax.random.categorical(key, scores / temperature) if temperature else scores.argmax(-1)
+            ids[:, position] = drawn
+        return ids[:, T:]
+
+
+def until(ids: np.ndarray, end: int) -> np.ndarray:
+    """Ids before the first `end`, if there is one."""
+    return ids[: np.argmax(ids == end)] if end in ids else ids
+
+
+def continue_paragraphs(writer: Writer, tokenizer: PreTrainedTokenizerBase, paragraphs: list[str]) -> None:
     """Print beginnings of paragraphs and what the model makes of them, drawn at random with low temperature."""
-    prompts = [tokenizer(paragraph, verbose=False)["input_ids"][:PROMPT_TOKENS] for paragraph in paragraphs]
-    output = model.generate(
-        np.array(prompts), max_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.6, prng_key=jax.random.key(0),
-        pad_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    prompts = np.array([tokenizer(paragraph, verbose=False)["input_ids"][:PROMPT_TOKENS] for paragraph in paragraphs])
     print("\nHow it goes on from the beginnings of paragraphs that were held out:")
-    for prompt, ids in zip(prompts, np.asarray(output.sequences), strict=True):
-        text = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+    for prompt, ids in zip(prompts, writer.write(prompts, NEW_TOKENS, temperature=0.6), strict=True):
+        text = tokenizer.decode(until(ids, tokenizer.eos_token_id), skip_special_tokens=True)
         print(f"  {tokenizer.decode(prompt)} | {' '.join(text.split())}")
 
 
 def restore_paragraphs(
-    model: FlaxPreTrainedModel, tokenizer: PreTrainedTokenizerBase, paragraphs: list[str], script, length: int
+    writer: Writer, tokenizer: PreTrainedTokenizerBase, paragraphs: list[str], script: ModuleType, length: int
 ) -> None:
     """Print paragraphs, the noisy form that the model reads, and what it writes, the likeliest token each time."""
-    data_args = script.DataTrainingArguments()
-    collator = script.Collator(tokenizer, model.config, data_args, length)
+    config = writer.model.config
+    collator = script.Collator(tokenizer, config, script.DataTrainingArguments(), length)
     columns = script.tokenize_texts({"text": paragraphs}, tokenizer, "text", **collator.tokenize_options)
     rows = {name: np.full((len(paragraphs), collator.row_length), fill) for name, fill in collator.columns.items()}
     for name, texts in columns.items():
@@ -55,12 +86,13 @@ def restore_paragraphs(
             row[: len(values)] = values[: len(row)]
     uniforms = randomness.row_uniforms(0, ("demonstration",), 0, len(paragraphs), collator.draws_per_row)
     batch = collator(rows, uniforms, np.ones(len(paragraphs), bool), 1)
-    inputs = batch["input_ids"], batch["attention_mask"]
-    output = model.generate(inputs[0], attention_mask=inputs[1], max_length=batch["labels"].shape[1] + 1, num_beams=1)
+    begun = np.full((len(paragraphs), 1), config.decoder_start_token_id)
+    written = writer.write(begun, batch["labels"].shape[1], (batch["input_ids"], batch["attention_mask"]))
     print("\nParagraphs that were held out, as it reads them, and what it writes:")
-    for i, ids in enumerate(np.asarray(output.sequences)):
+    for i, ids in enumerate(written):
         noisy = tokenizer.decode(batch["input_ids"][i][batch["attention_mask"][i] > 0])
         expected = tokenizer.decode(batch["labels"][i][batch["label_weights"][i] > 0])
+        ids = until(ids[1:], tokenizer.eos_token_id) if ids[0] == tokenizer.eos_token_id else until(ids, tokenizer.eos_token_id)
         for title, text in (("reads", noisy), ("writes", tokenizer.decode(ids)), ("right", expected)):
             hidden = [t for t in (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token) if t]
             for token in hidden:
@@ -74,7 +106,6 @@ def main() -> None:
     parser.add_argument("--model_dir", type=Path, required=True, help="output_dir of the training script")
     parser.add_argument("--corpus_dir", type=Path, required=True, help="directory with train.txt and validation.txt")
     args = parser.parse_args()
-    logging.getLogger("transformers.modeling_flax_utils").setLevel(logging.ERROR)  # the Flax classes' farewell message
     tokenizer = AutoTokenizer.from_pretrained(args.model_dir)
     results = json.loads((args.model_dir / "eval_results.json").read_text())
     accuracy, loss = unigram_baseline(*(count_tokens(args.corpus_dir / f"{s}.txt", tokenizer) for s in ("train", "validation")))
@@ -84,14 +115,14 @@ def main() -> None:
 
     arguments = json.loads((args.model_dir / "run_info.json").read_text())["arguments"]
     script = importlib.import_module(SCRIPTS[json.loads((args.model_dir / "config.json").read_text())["model_type"]])
-    model = script.MODELS.auto_class.from_pretrained(args.model_dir)
+    writer = Writer(*weights.from_pretrained(str(args.model_dir), script.MODELS))
     paragraphs = (args.corpus_dir / "validation.txt").read_text("utf-8").splitlines()
     paragraphs = [p for p in paragraphs if 25 <= len(tokenizer(p, verbose=False)["input_ids"]) <= 50]
     paragraphs = paragraphs[:: max(1, len(paragraphs) // NUM_EXAMPLES)][:NUM_EXAMPLES]
-    if model.config.is_encoder_decoder:
-        restore_paragraphs(model, tokenizer, paragraphs, script, arguments["max_seq_length"])
+    if writer.has_decoder:
+        restore_paragraphs(writer, tokenizer, paragraphs, script, arguments["max_seq_length"])
     else:
-        continue_paragraphs(model, tokenizer, paragraphs)
+        continue_paragraphs(writer, tokenizer, paragraphs)
 
     print(f"\n{args.model_dir} holds flax_model.msgpack, model.safetensors (for PyTorch), config, tokenizer, *_results.json.")
     print(f"Curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {args.model_dir}")

@@ -39,19 +39,16 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BartConfig,
-    BartTokenizerFast,
     BertConfig,
-    BertTokenizerFast,
+    BertTokenizer,
     GPT2Config,
-    GPT2TokenizerFast,
+    GPT2Tokenizer,
     PreTrainedTokenizerFast,
     RobertaConfig,
-    RobertaTokenizerFast,
+    RobertaTokenizer,
     T5Config,
-    T5TokenizerFast,
 )
 
-import run_mlm_flax
 from flaxlm import cli, token_rows
 from quickstart.python_docs_corpus import paragraphs
 from t5_tokenizer_model import SentencePieceUnigramTokenizer
@@ -86,7 +83,7 @@ def corpus(texts, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def byte_level_tokenizer(texts) -> RobertaTokenizerFast:
+def byte_level_tokenizer(texts) -> RobertaTokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -98,11 +95,11 @@ def byte_level_tokenizer(texts) -> RobertaTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    return RobertaTokenizerFast(tokenizer_object=tokenizer, model_max_length=64)
+    return RobertaTokenizer(tokenizer_object=tokenizer, model_max_length=64)
 
 
 @pytest.fixture(scope="session")
-def word_piece_tokenizer(texts) -> BertTokenizerFast:
+def word_piece_tokenizer(texts) -> BertTokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -111,7 +108,7 @@ def word_piece_tokenizer(texts) -> BertTokenizerFast:
         [*texts, "模型预测词语"], trainers.WordPieceTrainer(vocab_size=600, special_tokens=specials, show_progress=False)
     )
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, do_lower_case=False)
+    return BertTokenizer(tokenizer_object=tokenizer, model_max_length=64, do_lower_case=False)
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +156,7 @@ def gpt2_dir(texts, tmp_path_factory) -> Path:
     )
     tokenizer.train_from_iterator(texts, trainer)
     path = tmp_path_factory.mktemp("gpt2")
-    GPT2TokenizerFast(tokenizer_object=tokenizer, model_max_length=64).save_pretrained(path)
+    GPT2Tokenizer(tokenizer_object=tokenizer, model_max_length=64).save_pretrained(path)
     sizes = {"vocab_size": 512, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "initializer_range": 0.1}
     GPT2Config(**sizes, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0).save_pretrained(path)
     return path
@@ -172,7 +169,12 @@ def t5_dir(texts, tmp_path_factory) -> Path:
     tokenizer.train_from_iterator(texts, 500, show_progress=False)
     tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(100))])
     path = tmp_path_factory.mktemp("t5")
-    T5TokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), extra_ids=100).save_pretrained(path)
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    names |= {
+        "extra_special_tokens": [f"<extra_id_{i}>" for i in range(100)],
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), **names).save_pretrained(path)
     sizes = {"vocab_size": 640, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
     kind = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
     T5Config(**sizes, **kind, dropout_rate=0.0).save_pretrained(path)
@@ -183,7 +185,7 @@ def t5_dir(texts, tmp_path_factory) -> Path:
 def bart_dir(byte_level_tokenizer, tmp_path_factory) -> Path:
     """The same of a tiny BART: 64 tokens, vocabulary of 512."""
     path = tmp_path_factory.mktemp("bart")
-    BartTokenizerFast(tokenizer_object=byte_level_tokenizer.backend_tokenizer, model_max_length=64).save_pretrained(path)
+    RobertaTokenizer(tokenizer_object=byte_level_tokenizer.backend_tokenizer, model_max_length=64).save_pretrained(path)
     sides = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in BART_SIDE.items()}
     BartConfig(vocab_size=512, max_position_embeddings=64, d_model=32, dropout=0.0, init_std=0.1, **sides).save_pretrained(path)
     return path
@@ -261,6 +263,8 @@ def rows_of(module: ModuleType, tokenizer, collator, data_args, dataset: dataset
 
 def run(output_dir, model_dir, *flags, **kwargs) -> dict:
     """main() with a model directory; flags as on the command line."""
+    import run_mlm_flax  # not for tests that train nothing: it takes seconds
+
     base = ["--config_name", model_dir, "--tokenizer_name", model_dir, "--output_dir", output_dir, "--max_seq_length", 32]
     return run_mlm_flax.main([str(flag) for flag in [*base, *flags]])
 

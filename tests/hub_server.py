@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small Hugging Face Hub on 127.0.0.1, so that tests can push and fetch models with the real client.
 
-Written against huggingface_hub 0.36.2. What it speaks, for model repositories with the one branch `main`:
+Written against huggingface_hub 2.4.0. What it speaks, for model repositories with the one branch `main`:
 
     GET  /api/whoami-v2                              POST /api/models/{repo}/preupload/{rev}
     POST /api/repos/create                           POST /{repo}.git/info/lfs/objects/batch and .../verify
+    GET  /api/models/{repo}/auth-check[/write]
     GET  /api/models/{repo}[/revision/{rev}]         PUT, GET /lfs-storage/{repo}/{sha256}: signed links, no token
     GET  /api/models/{repo}/tree/{rev}[/{folder}]    POST /api/models/{repo}/commit/{rev}
     POST /api/models/{repo}/paths-info/{rev}         POST /api/validate-yaml, for README.md
     GET, HEAD /{repo}/resolve/{rev}/{path}
 
-Large files go the classic way (transfer "basic", one PUT per file), even if the client offers Xet. The server is as strict as
-the Hub: a wrong token, a namespace of somebody else, bytes that do not have their SHA-256, a commit of a large file that was
-not uploaded or of a regular one over 10 MiB, and a parent commit that is not the last one are refused.
+Large files go the classic way (transfer "basic", one PUT per file): the client no longer asks whether the server takes Xet,
+so that is switched off in it, in this process and by `env`. The server is as strict as the Hub: a wrong token, a namespace of
+somebody else, bytes that do not have their SHA-256, a commit of a large file that was not uploaded or of a regular one over
+10 MiB, and a parent commit that is not the last one are refused.
 
     with HubServer(token="hf_good") as hub, hub.in_this_process():
         HfApi(token="hf_good").upload_folder(repo_id="tester/model", folder_path=...)
@@ -44,9 +46,10 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import transformers
 import yaml  # huggingface_hub requires it
-from huggingface_hub import constants, file_download, hf_api
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, reset_sessions
+from huggingface_hub import constants, hf_api
+from huggingface_hub.utils import close_session, disable_progress_bars, enable_progress_bars
 
 MAX_REGULAR_BYTES = 10 * 2**20
 LARGE = "*.bin *.gz *.h5 *.model *.msgpack *.npy *.npz *.onnx *.pickle *.pkl *.pt *.pth *.safetensors *.tar *.zip *tfevents*"
@@ -175,7 +178,8 @@ class HubServer:
     def env(self, home: Any) -> dict[str, str]:
         """The environment that sends a child process here, with `home` for the client's cache and token."""
         where = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": self.token, "HF_HOME": str(home), "HF_HUB_CACHE": f"{home}/hub"}
-        return where | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "no_proxy": "127.0.0.1"}
+        switches = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        return where | switches | {"no_proxy": "127.0.0.1,localhost"}
 
     @contextmanager
     def in_this_process(self):
@@ -183,18 +187,20 @@ class HubServer:
         url = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         with (
             patch.object(constants, "HF_HUB_OFFLINE", False),
+            patch.object(constants, "HF_HUB_DISABLE_XET", True),
             patch.object(constants, "ENDPOINT", self.endpoint),
-            patch.object(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", url),
+            patch.object(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url),
             patch.object(hf_api.api, "endpoint", self.endpoint),
-            patch.dict(os.environ, no_proxy="127.0.0.1"),
+            patch.object(transformers.utils.hub, "_hf_api", None),  # it keeps a client of its own
+            patch.dict(os.environ, no_proxy="127.0.0.1,localhost"),
         ):
-            reset_sessions()  # each thread keeps one, with what was true when it was made
+            close_session()  # made when it was first needed, with what was true then
             disable_progress_bars()
             try:
                 yield
             finally:
                 enable_progress_bars()
-                reset_sessions()
+                close_session()
 
     # What it holds.
 
@@ -217,6 +223,10 @@ class HubServer:
     def fail(self, method: str, path: str, status=500, times: float = 3, retry_after: int | None = None, late: bool = False):
         """Answer with an error; with late=True, do what was asked nevertheless. 502 to 504 are a gateway's: not JSON."""
         self._add("fail", path, times, method=method, status=status, retry_after=retry_after, late=late)
+
+    def garble(self, path: str, times: float = 1, content: bytes = b"<html>Moved</html>"):
+        """Answer with something else, as if nothing were wrong."""
+        self._add("garble", path, times, content=content)
 
     def drop(self, path: str, after_bytes: int, times: float = 1):
         """Cut the connection when so much of the body has come in, or all of it if it is shorter."""
@@ -250,6 +260,8 @@ class HubServer:
     def _answer(self, call: Call) -> Answer:
         if delay := self._take("delay", call.method, call.path):
             self._is_down.wait(delay.seconds)
+        if garbled := self._take("garble", call.method, call.path):
+            return Answer(200, {"Content-Type": "text/html"}, garbled.content)
         fault = self._take("fail", call.method, call.path)
         try:
             if fault is None or fault.late:
@@ -288,7 +300,8 @@ class HubServer:
         return repo, known[rev]
 
     def _link(self, repo_id: str, oid: str, size: int) -> str:
-        return f"{self.endpoint}/lfs-storage/{repo_id}/{oid}?size={size}&signature={self._signature}"
+        storage = self.endpoint.replace("127.0.0.1", "localhost")  # another host, so that the client sends it no token
+        return f"{storage}/lfs-storage/{repo_id}/{oid}?size={size}&signature={self._signature}"
 
     @route("GET", "/api/whoami-v2")
     def _whoami(self, call: Call):
@@ -312,8 +325,13 @@ class HubServer:
         names = {"name": repo_id, "url": f"{self.endpoint}/{repo_id}"}
         if repo_id in self._repos:
             raise HubError(409, "You already created this model repo", **names)
-        self._repos[repo_id] = Repo(bool(asked.get("private")))
+        self._repos[repo_id] = Repo(asked.get("visibility") == "private")
         return names
+
+    @route("GET", "/api/models/{repo}/auth-check(?P<write>/write)?")
+    def _auth_check(self, call: Call, repo: str, write: str = ""):
+        self._find(call, repo, write=bool(write))
+        return {}
 
     @route("POST", "/api/validate-yaml")
     def _validate_yaml(self, call: Call):
@@ -474,7 +492,8 @@ class Handler(BaseHTTPRequestHandler):
             hub.requests.append(Request(self.command, path, None, seen))
             self.close_connection = True
             return
-        hub.requests.append(Request(self.command, path, answer.status, seen))
+        if path != "/api/agent-harnesses":  # what the client asks by itself, in some environments
+            hub.requests.append(Request(self.command, path, answer.status, seen))
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)

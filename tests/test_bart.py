@@ -126,10 +126,11 @@ def test_any_row(byte_level_tokenizer, num_rows, T, q, r, rate, share_special, s
     assert (batch["decoder_input_ids"][:, 0] == EOS).all()
     np.testing.assert_array_equal(batch["label_weights"], (ids != PAD) & is_real[:, None])
     np.testing.assert_array_equal(batch["attention_mask"], batch["input_ids"] != PAD)
+    np.testing.assert_array_equal(batch["decoder_attention_mask"], ids != PAD)
     assert (np.diff(batch["attention_mask"], axis=1) <= 0).all()  # padding on the right only
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         name: ((num_rows, T), np.float32 if name == "label_weights" else np.int32)
-        for name in ("input_ids", "attention_mask", "decoder_input_ids", "labels", "label_weights")
+        for name in ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels", "label_weights")
     }
     for row in range(num_rows):
         original = ids[row][ids[row] != PAD].tolist()

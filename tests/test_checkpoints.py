@@ -512,6 +512,7 @@ def test_the_last_evaluation_of_a_finished_run_is_written_once(train, tmp_path):
         (["--seed", 7], "--seed is 7, but "),
         (["--mlm_probability", 0.2], "--mlm_probability is 0.2, but "),
         (["--max_seq_length", 16], "--max_seq_length is 16, but "),
+        (["--document_attention"], "--document_attention is True, but "),
         (["--max_train_samples", 42], "--max_train_samples is 42, but "),
         (["--per_device_train_batch_size", 4], "the batch size (--per_device_train_batch_size x devices x "),
         (["--gradient_accumulation_steps", 2], "--gradient_accumulation_steps) is 16, but "),

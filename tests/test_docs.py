@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flaxlm import arguments, cli
+from flaxlm.models import fields
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -71,3 +72,18 @@ def test_links_lead_somewhere(page):
             headings = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in anchors, target
+
+
+def test_tables_of_model_types_are_complete():
+    """docs/model-types.md: the types of each script, and each field that is refused, for which types and what it takes."""
+    lines = (ROOT / "docs" / "model-types.md").read_text("utf-8").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    said = {first.strip("`").partition("`")[0]: rest for first, *rest in rows}
+    for script in ("run_mlm_flax", "run_clm_flax", "run_t5_mlm_flax", "run_bart_dlm_flax", "run_pretraining_flax"):
+        types = re.sub(r" \([^)]*\)", "", said[f"{script}.py"][0]).split(", ")
+        assert sorted(types) == sorted(__import__(script).MODELS), script
+    for item in fields.REFUSED:
+        types, takes, _ = said[item.field]
+        assert not item.types or set(types.split(", ")) == set(item.types) or types == "the same", item.field
+        values = {json.dumps(value) for value in item.same if value is not None}
+        assert values == set(re.findall("`(.*?)`", takes)), item.field

@@ -23,22 +23,48 @@ def imported(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} imports relatively"
-            found |= {f"{node.module}.{alias.name}" if node.module == "flaxlm" else node.module for alias in node.names}
+            is_package = node.module in ("flaxlm", "flaxlm.models")
+            found |= {f"{node.module}.{alias.name}" if is_package else node.module for alias in node.names}
     ours = {"flaxlm", "benchmarks", "quickstart", "tests", *(script.stem for script in SCRIPTS)}
     return {name for name in found if name.partition(".")[0] in ours}
+
+
+def room(path: Path) -> str:
+    """The module of the list in flaxlm/__init__.py that a file is, or is a part of: the folder models is one."""
+    inside = path.relative_to(ROOT / "flaxlm").parts
+    return "" if inside == ("__init__.py",) else inside[0].removesuffix(".py")
 
 
 def test_arrows_go_one_way():
     """A module imports only those above it in the list of flaxlm/__init__.py; none imports a script."""
     order = re.findall(r"^    (\w+)  +\w", flaxlm.__doc__.partition("Shape letters")[0], re.MULTILINE)
-    modules = [path.stem for path in PACKAGE if path.stem != "__init__"]
+    modules = sorted({room(path) for path in PACKAGE} - {""})
     assert sorted(order) == modules, "the list of modules in flaxlm/__init__.py is not what is in the folder"
     for path in PACKAGE:
-        allowed = order[: order.index(path.stem)] if path.stem != "__init__" else []
+        allowed = order[: order.index(room(path))] if room(path) else []
         for name in imported(path):
             package, _, module = name.partition(".")
             assert package == "flaxlm", f"{path.name} imports {name}"
-            assert module in allowed, f"{path.name} imports {module}, which is not above it in flaxlm/__init__.py"
+            module = module.partition(".")[0]
+            is_within = path.parent != ROOT / "flaxlm" and module == room(path)
+            assert is_within or module in allowed, f"{path.name} imports {module}, which is not above it in flaxlm/__init__.py"
+
+
+def test_families_import_each_other_without_a_circle():
+    """Of the files in flaxlm/models only __init__.py knows them all; none of them knows it."""
+    found = {path.stem: within(path) for path in PACKAGE if room(path) == "models"}
+    assert found.pop("__init__") == found.keys()
+    while found:
+        roots = {name for name, others in found.items() if not others & found.keys()}
+        assert roots, f"these files of flaxlm/models import each other: {', '.join(sorted(found))}"
+        found = {name: others for name, others in found.items() if name not in roots}
+
+
+def within(path: Path) -> set[str]:
+    """Names of the files of flaxlm/models that one of them imports."""
+    names = {name.removeprefix("flaxlm.models").removeprefix(".") for name in imported(path) if "flaxlm.models" in name}
+    assert "" not in names, f"{path.name} imports flaxlm.models as a whole"
+    return names
 
 
 def test_rooms_are_named_for_what_is_in_them():
@@ -92,8 +118,30 @@ def test_scripts_and_package_are_of_one_version():
 
 
 def test_what_must_not_come_back():
-    """No list of dependencies but requirements.txt, no checker of copies, no class that is patched outside patches.py."""
+    """No list of dependencies but requirements.txt, no checker of copies, nothing that changes classes of others."""
     assert "dependencies = [" not in (ROOT / "pyproject.toml").read_text()
+    assert not (ROOT / "flaxlm" / "patches.py").exists()
     for path in [*PACKAGE, *SCRIPTS]:
-        if path.name != "patches.py":
-            assert "intercept_methods" not in path.read_text(), path.name
+        assert not re.search(r"intercept_methods|modeling_flax|FlaxPreTrainedModel|FlaxAuto", path.read_text()), path.name
+
+
+SETTINGS = {"sys.unraisablehook", "threading.excepthook"}  # made to be set
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *SCRIPTS], ids=lambda path: path.name)
+def test_nothing_of_other_libraries_is_replaced(path):
+    """No attribute of an imported module or class is set, but those that a library offers as settings."""
+    tree, found = ast.parse(path.read_text("utf-8")), []
+    modules = {alias.asname or alias.name.partition(".")[0] for node in ast.walk(tree) for alias in getattr(node, "names", [])
+               if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
+    for node in ast.walk(tree):
+        targets = getattr(node, "targets", None) or [getattr(node, "target", None)] if isinstance(node, ast.stmt) else []
+        for target in targets:
+            root = target
+            while isinstance(root, ast.Attribute | ast.Subscript):
+                root = root.value
+            if isinstance(target, ast.Attribute) and isinstance(root, ast.Name) and root.id in modules:
+                found.append(ast.unparse(target))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr" and ast.unparse(node.args[0]) in modules:
+            found.append(ast.unparse(node))
+    assert set(found) <= SETTINGS, found

@@ -14,14 +14,12 @@ import time
 import huggingface_hub
 import numpy as np
 import pytest
-import transformers
 from huggingface_hub.utils import _http
 from safetensors.numpy import load_file
 
-import run_mlm_flax as script
-from flaxlm import cli, logs, processes, sharding
+from flaxlm import arguments, cli, logs, processes, sharding
 from flaxlm import hub as hub_module
-from tests.conftest import read_events, run
+from tests.conftest import ROOT, read_events, run
 from tests.hub_server import HubServer, serve
 
 hub = pytest.fixture(serve, name="hub")
@@ -35,10 +33,10 @@ FINISHED = TRAINED | {"README.md", "training_curves.png", "train_results.json", 
 
 
 @pytest.fixture(autouse=True)
-def default_sessions():
-    """The script sets a session of its own; other tests should not meet it."""
+def default_client():
+    """The script sets a client of its own; other tests should not meet it."""
     yield
-    huggingface_hub.configure_http_backend()
+    huggingface_hub.set_client_factory(_http.default_client_factory)
 
 
 @pytest.fixture
@@ -118,8 +116,8 @@ def test_at_the_end_the_server_holds_what_output_dir_holds(hub, push, corpus):
     assert str(corpus.parent) not in card
     assert "![Training and evaluation curves](training_curves.png)" in card
     assert f"jax {json.loads((output_dir / 'run_info.json').read_text())['versions']['jax']}" in card
-    for model_class in ("RobertaForMaskedLM", "FlaxRobertaForMaskedLM"):
-        assert f'{model_class}.from_pretrained("{REPO}")' in card
+    assert f'model = RobertaForMaskedLM.from_pretrained("{REPO}")' in card
+    assert f'model, params = weights.from_pretrained("{REPO}", models.MASKED)' in card
 
 
 def test_card_without_the_hub(roberta_dir, corpus, tmp_path):
@@ -171,9 +169,10 @@ def test_another_machine_goes_on_from_the_pushed_state(hub, push, roberta_dir, c
     assert not np.array_equal(*(load_file(p / "model.safetensors")["lm_head.bias"] for p in (whole, tmp_path / "stopped")))
 
 
-def test_model_revision(hub, push, roberta_dir, corpus, error_of, monkeypatch, tmp_path):
+def test_model_revision(hub, push, roberta_dir, corpus, error_of, tmp_path):
     """Configuration, tokenizer and weights are those of the commit that --model_revision names; the newest by default."""
-    monkeypatch.setattr(transformers.utils.hub, "_is_offline_mode", False)  # it has a copy of HF_HUB_OFFLINE
+    import run_mlm_flax as script
+
     first = push("--hub_strategy", "end", "--max_steps", 2, name="first")
     commit = hub.commits(REPO)[-1]["oid"]
     second = push("--hub_strategy", "end", "--seed", 1, "--max_steps", 2, name="second")
@@ -236,6 +235,8 @@ def test_faults_that_pass(fault, hub, push, no_waiting):
 
 def test_down_for_the_whole_run(hub, push, no_waiting, monkeypatch, capfd, corpus, roberta_dir, tmp_path):
     """Training ends as without a Hub; the exit status is 1, and the last line says what to do."""
+    import run_mlm_flax as script
+
     log_plan = logs.log_plan
 
     def then_down(*args):
@@ -323,7 +324,7 @@ def test_token_is_nowhere(hub, push, monkeypatch, capfd, caplog):
 def test_told_to_stop_in_the_last_upload(hub, roberta_dir, corpus, tmp_path):
     """A real process, ended by SIGTERM while the server takes its time: at once, and it says what it does and leaves undone."""
     hub.delay("/commit/", 120)
-    command = [sys.executable, script.__file__, "--config_name", roberta_dir, "--tokenizer_name", roberta_dir]
+    command = [sys.executable, ROOT / "run_mlm_flax.py", "--config_name", roberta_dir, "--tokenizer_name", roberta_dir]
     command += [
         "--max_seq_length",
         32,
@@ -335,7 +336,7 @@ def test_told_to_stop_in_the_last_upload(hub, roberta_dir, corpus, tmp_path):
         "--hub_strategy",
         "end",
     ]
-    environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
+    environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True, env=environment)
     said = []
     for line in process.stderr:
@@ -351,3 +352,105 @@ def test_told_to_stop_in_the_last_upload(hub, roberta_dir, corpus, tmp_path):
     assert any("SIGTERM: leaving the upload unfinished." in line for line in said)
     assert said[-1].startswith("run_mlm_flax.py: stopped as asked; the files are all here, to upload them: hf upload ")
     assert local_files(tmp_path / "out").keys() >= FINISHED
+
+
+# ---- Without training ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def output_dir(tmp_path):
+    """A few files, and the training state of step 4."""
+    state = tmp_path / "out" / "checkpoint-4" / "state"
+    state.mkdir(parents=True)
+    (state / "a").write_text("first")
+    (state / "b").write_text("only here")
+    (tmp_path / "out" / "config.json").write_text("{}")
+    (tmp_path / "out" / "flax_model.msgpack").write_bytes(os.urandom(30_000))
+    return tmp_path / "out"
+
+
+def connect(output_dir, **flags) -> hub_module.Hub:
+    flags = {"push_to_hub": True, "hub_model_id": REPO, "hub_token": TOKEN} | flags
+    return hub_module.connect(arguments.TrainingArguments(output_dir=str(output_dir), **flags))
+
+
+def test_all_that_is_there_is_one_commit(hub, output_dir):
+    """A later one does away with what the training state no longer holds; other files stay."""
+    uploads = connect(output_dir, hub_strategy="checkpoint")
+    uploads.push(4, final=True)
+    uploads.check()
+    assert_state = {"last-checkpoint/state/a": b"first", "last-checkpoint/state/b": b"only here"}
+    assert pushed_files(hub, with_state=True) == local_files(output_dir) | assert_state
+    (output_dir / "checkpoint-4").rename(output_dir / "checkpoint-8")
+    (output_dir / "checkpoint-8" / "state" / "b").unlink()
+    uploads.push(8, final=True)
+    assert pushed_files(hub, with_state=True) == local_files(output_dir) | {"last-checkpoint/state/a": b"first"}
+    assert messages(hub) == ["Step 4, the last of this run", "Step 8, the last of this run"]
+
+
+def test_more_files_than_the_client_takes_into_a_commit(hub, output_dir, no_waiting):
+    """Still one commit, after one that failed too: a torn state must not be fetched."""
+    for number in range(60):
+        (output_dir / "checkpoint-4" / f"{number}").write_text(str(number))
+    hub.fail("POST", "/commit/", status=504, times=1)
+    uploads = connect(output_dir, hub_strategy="checkpoint")
+    uploads.push(4, final=True)
+    uploads.check()
+    assert len(pushed_files(hub, with_state=True)) == 64
+    assert messages(hub) == ["Step 4, the last of this run"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (lambda hub: hub.fail("POST", "/repos/create", 500), r"Internal Server Error.*\(HTTP 500\)"),
+        (lambda hub: hub.fail("POST", "/repos/create", 503), r"\(HTTP 503\)"),
+        (lambda hub: hub.fail("GET", "/auth-check/write", 403), r"the token may not write there \(HTTP 403\)"),
+        (lambda hub: setattr(hub, "token", "hf_other"), r"the token is wrong or missing \(HTTP 401\)"),
+        (lambda hub: hub.down(), "Server disconnected"),
+        (lambda hub: hub.garble("/repos/create"), "Expecting value"),
+    ],
+    ids=["500", "503", "may not write", "wrong token", "down", "garbage"],
+)
+def test_a_repository_that_cannot_be_had(fault, reason, hub, output_dir, refuses):
+    fault(hub)
+    with refuses(f"^--push_to_hub: the repository {REPO} cannot be created: .*{reason}"):
+        connect(output_dir)
+
+
+def test_somebody_elses_repository(hub, output_dir, refuses):
+    """It is there and can be read, which the client takes for created."""
+    connect(output_dir)
+    hub.user = "somebody"
+    hub.fail("GET", "/auth-check/write", 403)
+    with refuses("the token may not write there"):
+        connect(output_dir)
+
+
+def test_an_answer_that_does_not_come(hub, output_dir, no_waiting, monkeypatch, caplog):
+    """In a moment, here; also for the requests that ask for more time themselves. Then it is tried again."""
+    monkeypatch.setattr(hub_module.Hub, "TIMEOUT", 0.3)
+    uploads = connect(output_dir)
+    client = huggingface_hub.get_session()
+    hub.delay("/api/whoami", 60, times=1)
+    began = time.monotonic()
+    with pytest.raises(Exception, match="timed out"):
+        client.get(f"{hub.endpoint}/api/whoami-v2", timeout=None)
+    hub.delay("/commit/", 60, times=2)
+    uploads.push(4, final=True)
+    uploads.check()
+    assert time.monotonic() - began < 5
+    assert no_waiting == [1, 2]
+    assert sum("Upload of step 4 failed: timed out" in message for message in caplog.messages) == 2
+
+
+def test_what_is_worth_another_try():
+    """Storage has a client of its own, with errors of its own: Python's, or one for the token."""
+    for error in (ConnectionError("Network error"), TimeoutError(), json.JSONDecodeError("Expecting value", "<html>", 0)):
+        assert hub_module.Hub.is_temporary(error)
+    for error in (PermissionError("Authentication error"), ValueError("Invalid metadata in README.md"), RuntimeError("no")):
+        assert not hub_module.Hub.is_temporary(error)
+    error = RuntimeError("Error while uploading")
+    error.__cause__ = ConnectionError("Network error")
+    assert hub_module.Hub.is_temporary(error)
+    assert hub_module.Hub.describe(error) == "Network error"

@@ -4,7 +4,9 @@
 import re
 import time
 
+import jax
 import matplotlib.axes
+import numpy as np
 import pytest
 
 from flaxlm import arguments, batches, cards, cli, logs
@@ -22,6 +24,7 @@ def test_stopwatch_leaves_out_the_stops():
 
 @pytest.mark.parametrize(("cpuinfo", "warned"), [("flags : avx2 avx512_bf16", False), ("Features : asimd", True)])
 def test_bfloat16_without_instructions_for_it(cpuinfo, warned, monkeypatch, caplog):
+    assert jax.default_backend() == "cpu"  # which reads files too, at first
     monkeypatch.setattr(logs.sys, "platform", "linux")
     monkeypatch.setattr(logs.Path, "exists", lambda path: False)
     monkeypatch.setattr(logs.Path, "read_text", lambda path: cpuinfo)
@@ -82,6 +85,19 @@ def test_a_directory_that_takes_no_points(tmp_path):
     assert points.failed
     points.add(1, {"train_loss": 1.0})
     points.close()
+
+
+def test_the_code_in_a_card_runs(trained, byte_level_tokenizer, monkeypatch):
+    """In the directory of the card: the model, and the scores of a text."""
+    card = (trained[0] / "README.md").read_text()
+    with_pytorch, with_flax = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert "model = RobertaForMaskedLM.from_pretrained" in with_pytorch
+    monkeypatch.chdir(trained[0])
+    ids = np.array([byte_level_tokenizer("one two three").input_ids])
+    names = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    exec(with_flax, names)
+    assert names["scores"].shape == (*ids.shape, 512)
+    assert np.isfinite(names["scores"]).all()
 
 
 def test_one_log_line_gives_a_point_in_the_picture(tmp_path, monkeypatch):

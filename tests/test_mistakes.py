@@ -8,7 +8,7 @@ import pytest
 from transformers import BertConfig, BigBirdConfig, RobertaConfig
 
 import run_mlm_flax as script
-from flaxlm import pretrained
+from flaxlm import configurations
 from tests.conftest import TINY
 
 
@@ -143,10 +143,9 @@ def test_no_text_column(mistake, flags, tmp_path):
 
 def test_tokenizer_without_mask_token(mistake, flags, byte_level_tokenizer, tmp_path):
     byte_level_tokenizer.save_pretrained(tmp_path / "maskless")
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        values = json.loads((tmp_path / "maskless" / name).read_text())
-        values["mask_token"] = None
-        (tmp_path / "maskless" / name).write_text(json.dumps(values | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    path = tmp_path / "maskless" / "tokenizer_config.json"
+    changes = {"mask_token": None, "tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     line = mistake(*flags, "--tokenizer_name", tmp_path / "maskless")
     assert "has no mask_token, needed to hide words" in line
 
@@ -155,7 +154,8 @@ def test_tokenizer_larger_than_the_embedding_of_loaded_weights(mistake, flags, r
     """An id without an embedding would read NaN (defect 76)."""
     RobertaConfig(vocab_size=128, max_position_embeddings=66, **TINY).save_pretrained(tmp_path / "small")
     line = mistake(*flags[2:], "--model_name_or_path", tmp_path / "small")
-    assert "ids up to 508, the model embeds only 128: use the tokenizer these weights were trained with" in line
+    assert "ids up to 508, the model embeds only 128: use the tokenizer these weights were trained with, or add" in line
+    assert line.endswith("--resize_token_embeddings")
 
 
 def test_config_overrides_with_weights(mistake, flags, roberta_dir):
@@ -169,34 +169,27 @@ def test_model_type_without_a_class_for_this_objective(mistake, flags):
     )
 
 
-def test_gradient_checkpointing_where_it_is_not_implemented(mistake, flags):
-    """Defect 69: says for which types it is."""
-    overrides = "embedding_size=16,hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=64,vocab_size=512"
-    line = mistake(*flags[2:], "--model_type", "albert", "--config_overrides", overrides, "--gradient_checkpointing")
-    assert "--gradient_checkpointing: not implemented for albert, only for bert, big_bird, electra, roberta" in line
-
-
-@pytest.mark.parametrize(
-    ("row_flags", "expected"),
-    [
-        (["--max_seq_length", 31], "--max_seq_length 31: sparse attention takes multiples of 4 tokens"),
-        (["--line_by_line"], "--max_seq_length 32: sparse attention takes whole rows; add --pad_to_max_length"),
-    ],
-)
-def test_rows_that_do_not_fit_sparse_attention(mistake, flags, row_flags, expected):
+def test_rows_that_would_have_sparse_attention(mistake, flags):
+    """It is not here; the line says with what they can be trained."""
     overrides = "vocab_size=512,block_size=4,num_random_blocks=1"
-    assert expected in mistake(*flags[2:], "--model_type", "big_bird", "--config_overrides", overrides, *row_flags)
+    line = mistake(*flags[2:], "--model_type", "big_bird", "--config_overrides", overrides)
+    assert "error: attention_type=block_sparse: sparse attention is not here, and rows of more than 28 tokens would" in line
+    assert line.endswith("add --config_overrides attention_type=original_full")
 
 
 def test_rows_too_short_for_sparse_attention(monkeypatch):
-    """Full attention, as PyTorch gives them, and a line that says so."""
+    """Full attention, as PyTorch gives them, and a line that says so; asked for, it is nothing to speak of."""
     messages = []
-    monkeypatch.setattr(pretrained.logger, "info", lambda message, *args: messages.append(message % args))
-    config = BigBirdConfig(block_size=4, num_random_blocks=1)
-    for row_length, attention_type in ((32, "block_sparse"), (28, "original_full"), (27, "original_full")):
+    monkeypatch.setattr(configurations.logger, "info", lambda message, *args: messages.append(message % args))
+    for row_length in (28, 27):
+        config = BigBirdConfig(block_size=4, num_random_blocks=1)
         script.DataTrainingArguments().adapt_config(config, row_length)
-        assert config.attention_type == attention_type
-    assert messages == ["attention_type=original_full: sparse attention is for rows of more than 28 tokens."]
+        assert config.attention_type == "original_full"
+    assert messages == ["attention_type=original_full: rows of at most 28 tokens have full attention."] * 2
+    config = BigBirdConfig(block_size=4, num_random_blocks=1, attention_type="original_full")
+    script.DataTrainingArguments().adapt_config(config, 512)
+    assert config.attention_type == "original_full"
+    assert len(messages) == 2
 
 
 def test_references_that_do_not_match(mistake, flags, bert_dir, tmp_path):

@@ -3,7 +3,9 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import CONFIG_MAPPING, FlaxAutoModelForMaskedLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 import run_mlm_flax as script
-from flaxlm import randomness, sharding
+from flaxlm import randomness, sharding, weights
 from tests.conftest import BART_SIDE, TINY, run
 
 
@@ -315,27 +317,30 @@ def test_word_references_join_characters(word_piece_tokenizer):
     assert [list(starts) for starts in batch["word_starts"]] == [[1, 1, 0, 1, 0, 1, 0, 1], [1, 1, 1, 1]]
 
 
-MODEL_TYPES = [config_class.model_type for config_class in script.MODELS.by_config]
-
-
 def tiny_config(model_type: str, **more) -> PretrainedConfig:
-    """Two layers, 32 wide, without dropout; for rows of 32 tokens, of which BigBird's attention is sparse."""
-    sizes = TINY | {"block_size": 4, "num_random_blocks": 1} | {"embedding_size": 16, "max_position_embeddings": 66}
+    """Two layers, 32 wide, without dropout; for rows of 32 tokens, which BigBird sees whole."""
+    sizes = TINY | {"embedding_size": 16, "max_position_embeddings": 66}
     sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "d_model": 32, "dropout": 0.0, "attention_dropout": 0.0}
     sizes |= {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in BART_SIDE.items()}
     config = CONFIG_MAPPING[model_type](**sizes | more)
     script.DataTrainingArguments().adapt_config(config, 32)
-    assert getattr(config, "attention_type", "block_sparse") == "block_sparse"
+    assert getattr(config, "attention_type", "original_full") == "original_full"
     return config
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def fresh(config: PretrainedConfig) -> tuple[nn.Module, dict]:
+    """A model and weights to begin with."""
+    model = script.MODELS[config.model_type](config)
+    return model, jax.jit(lambda rng: weights.init(model, rng))(jax.random.key(1))
+
+
+@pytest.mark.parametrize("model_type", script.MODELS)
 def test_loss_equals_the_plain_computation(model_type, byte_level_tokenizer):
     """Loss and gradients at labelled positions = cross-entropy of the model's own full logits, id 0 and padding rows
     included (defects 25, 28); also where hidden, intermediate and vocabulary sizes coincide."""
     sizes = {"intermediate_size": 512, "hidden_dim": 512, "encoder_ffn_dim": 512, "decoder_ffn_dim": 512, "vocab_size": 512}
     config = tiny_config(model_type, **sizes)
-    model = FlaxAutoModelForMaskedLM.from_config(config, seed=1)
+    model, params = fresh(config)
     collator = script.Collator(byte_level_tokenizer, config, script.DataTrainingArguments(), 32)
     ids = np.random.default_rng(0).integers(5, 509, (6, 32)).astype(np.int32)
     ids[0, 20:] = 1
@@ -344,33 +349,33 @@ def test_loss_equals_the_plain_computation(model_type, byte_level_tokenizer):
     batch["labels"][:2] = 0  # an id like any other
 
     def plain_loss(params):
-        segments = {"token_type_ids": jnp.zeros_like(ids)} if model_type == "electra" else {}  # PyTorch's default, not Flax's
-        logits = model(batch["input_ids"], batch["attention_mask"], params=params, **segments)[0].reshape(-1, 512)
+        hidden = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"])
+        logits = model.apply({"params": params}, hidden, method="scores").reshape(-1, 512)
         logits = logits[batch["label_positions"]].astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]) * batch["label_weights"]
         return losses.sum(), ((logits.argmax(-1) == batch["labels"]) * batch["label_weights"]).sum()
 
     def fast_loss(params):
-        loss, aux = script.loss_fn(params, batch, None, model=model, train=False)
+        loss, aux = script.loss_fn(params, batch, model)
         return loss, aux["correct"]
 
-    (plain, plain_correct), plain_grads = jax.jit(jax.value_and_grad(plain_loss, has_aux=True))(model.params)
-    (fast, fast_correct), fast_grads = jax.jit(jax.value_and_grad(fast_loss, has_aux=True))(model.params)
+    (plain, plain_correct), plain_grads = jax.jit(jax.value_and_grad(plain_loss, has_aux=True))(params)
+    (fast, fast_correct), fast_grads = jax.jit(jax.value_and_grad(fast_loss, has_aux=True))(params)
     assert float(fast) == pytest.approx(float(plain), rel=1e-5)
     assert fast_correct == plain_correct
     for a, b in zip(jax.tree.leaves(plain_grads), jax.tree.leaves(fast_grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", script.MODELS)
 def test_no_scores_at_unlabelled_positions(model_type, byte_level_tokenizer):
     """Nothing of the shape [rows, tokens, vocabulary] in the program (defect 100)."""
     config = tiny_config(model_type, vocab_size=509, num_hidden_layers=1, n_layers=1)
-    model = FlaxAutoModelForMaskedLM.from_config(config, seed=1)
+    model, params = fresh(config)
     batch = {"input_ids": np.ones((4, 32), np.int32), "attention_mask": np.ones((4, 32), np.int32)}
     batch |= {"label_positions": np.arange(7), "labels": np.arange(7), "label_weights": np.ones(7, np.float32)}
-    program = str(jax.make_jaxpr(lambda p: script.loss_fn(p, batch, None, model=model, train=False)[0])(model.params))
-    assert "[1,7,509]" in program
+    program = str(jax.make_jaxpr(lambda params: script.loss_fn(params, batch, model)[0])(params))
+    assert "[7,509]" in program
     assert "[4,32,509]" not in program
 
 
@@ -379,7 +384,7 @@ def test_no_label_in_the_batch_is_no_nan():
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     optimizer = optax.sgd(1.0)
 
-    def loss_fn(params, batch, rng, train):
+    def loss_fn(params, batch, rngs):
         return (params["w"] * batch["x"]).sum() * 0.0, {"weight": batch["x"].sum()}
 
     step = script.functools.partial(
@@ -423,9 +428,15 @@ def test_the_tokenizer_is_saved_as_it_was_loaded(truncation, roberta_dir, corpus
         tokenizer.enable_padding(pad_id=1, pad_token="<pad>", length=32)
         tokenizer.save(str(directory / "tokenizer.json"))
     flags = ["--train_file", corpus, "--max_steps", 1, "--max_train_samples", 16, "--max_eval_samples", 8]
-    loaded = json.loads((directory / "tokenizer.json").read_text())
+
+    def read(place: Path) -> dict:
+        """Without the difference between an empty prefix or suffix and none, which transformers does not make."""
+        fields = json.loads((place / "tokenizer.json").read_text())
+        none = {name: fields["model"][name] or None for name in ("continuing_subword_prefix", "end_of_word_suffix")}
+        return fields | {"model": fields["model"] | none}
+
+    loaded = read(directory)
     assert (loaded["truncation"] is not None) == (loaded["padding"] is not None) == bool(truncation)
     for name, more in (("first", ["--overwrite_cache"]), ("cached", []), ("rows", ["--overwrite_cache"])):
         run(tmp_path / name, directory, *flags, *more, *(["--line_by_line"] if name != "rows" else []))
-        saved = json.loads((tmp_path / name / "tokenizer.json").read_text())
-        assert saved == loaded, name
+        assert read(tmp_path / name) == loaded, name

@@ -13,18 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import (
-    BertConfig,
-    BigBirdConfig,
-    DistilBertConfig,
-    FlaxAutoModel,
-    FlaxBertModel,
-    GPT2Config,
-    RobertaConfig,
-)
+from flax.serialization import msgpack_serialize
+from flax.traverse_util import unflatten_dict
+from transformers import AlbertConfig, BertConfig, BigBirdConfig, DistilBertConfig, GPT2Config, RobertaConfig
 
 import run_bert_flax as script
-from flaxlm import cli
+from flaxlm import cli, models, weights
 from tests.conftest import ROOT, TINY
 
 SMALL = ("--batch_size", "2", "--seq_length", "8", "--num_batches", "3", "--num_warmup_batches", "1")
@@ -40,7 +34,10 @@ def tiny_config() -> BertConfig:
 def tiny_bert(tiny_config, tmp_path_factory) -> str:
     """A directory with configuration and weights."""
     path = tmp_path_factory.mktemp("tiny-bert")
-    FlaxBertModel(tiny_config, seed=1).save_pretrained(path)
+    rng, shapes = np.random.default_rng(1), weights.shapes_of(models.MASKED["bert"](tiny_config))
+    params = {name: np.float32(0.3) * rng.standard_normal(shape.shape, np.float32) for name, shape in shapes.items()}
+    tiny_config.save_pretrained(path)
+    (path / "flax_model.msgpack").write_bytes(msgpack_serialize(unflatten_dict(params)))
     return str(path)
 
 
@@ -62,10 +59,10 @@ def time_it(source, *flags) -> dict:
 
 
 def prepare(source, *flags) -> tuple:
-    """Arguments, model class, configuration, weights and inputs, as main makes them."""
+    """Arguments, configuration, weights and inputs, as main makes them."""
     args = script.read_timing_arguments(["--model_name_or_path", str(source), *SMALL, *map(str, flags)])
-    model_class, config, params = script.load_encoder(args)
-    return args, model_class, config, params, script.make_inputs(model_class, config, args)
+    config, params = script.load_encoder(args)
+    return args, config, params, script.make_inputs(config, args)
 
 
 # ---- Output --------------------------------------------------------------------------------------------------------------
@@ -118,11 +115,13 @@ def test_alone_in_an_empty_folder_from_a_json_file(tiny_bert, run_script, tmp_pa
 @pytest.mark.parametrize("precision", script.PRECISIONS)
 def test_weights_and_inputs_are_arguments(precision, tiny_bert):
     """Of a program that closes over them XLA computes what it likes while compiling (defect 114)."""
-    _, model_class, config, params, inputs = prepare(tiny_bert)
-    encoder = script.TimedEncoder(precision, model_class, config, params, inputs[0])
+    _, config, params, inputs = prepare(tiny_bert)
+    encoder = script.TimedEncoder(precision, config, params, inputs[0])
     entry = encoder.compiled.as_text().split("ENTRY", 1)[1]
-    assert entry.count(" parameter(") == len(jax.tree.leaves(params)) + 3
-    num_bytes = sum(array.nbytes for array in jax.tree.leaves((encoder.params, inputs[0])))
+    used = jax.tree.leaves((encoder.params["bert"], inputs[0]))  # all but the head, whose scores are not asked for
+    assert len(jax.tree.leaves(params)) > len(used) - 2 > 30
+    assert entry.count(" parameter(") == len(used)
+    num_bytes = sum(array.nbytes for array in used)
     assert encoder.compiled.memory_analysis().argument_size_in_bytes >= num_bytes
     # The work is done: every position of every layer, at two operations per weight of a matrix (4 H x H, 2 H x F).
     H, F = config.hidden_size, config.intermediate_size
@@ -131,28 +130,45 @@ def test_weights_and_inputs_are_arguments(precision, tiny_bert):
 
 
 def test_weights_are_cast_once_before_timing(tiny_bert):
-    _, model_class, config, params, inputs = prepare(tiny_bert)
-    encoder = script.TimedEncoder("bfloat16", model_class, config, params, inputs[0])
+    _, config, params, inputs = prepare(tiny_bert)
+    encoder = script.TimedEncoder("bfloat16", config, params, inputs[0])
     assert {array.dtype for array in jax.tree.leaves(encoder.params)} == {jnp.dtype("bfloat16")}
     outputs = encoder.compiled(encoder.params, inputs[0])
-    assert [(array.shape, array.dtype) for array in outputs] == [((2, 8, 32), jnp.bfloat16), ((2, 32), jnp.bfloat16)]
+    assert (outputs.shape, outputs.dtype) == ((2, 8, 32), jnp.bfloat16)
     signature = encoder.compiled.as_text().splitlines()[0]  # entry_computation_layout: what goes in and out
     assert "f32[" not in signature
     assert {array.dtype for array in jax.tree.leaves(params)} == {jnp.dtype("float32")}  # what float32 is timed with
 
 
 def test_outputs_are_those_of_the_checkpoint(tiny_bert):
-    """Its weights, its activation, both outputs; in bfloat16 the same but for rounding."""
-    _, model_class, config, params, inputs = prepare(tiny_bert)
+    """Its weights, its activation; in bfloat16 the same but for rounding."""
+    _, config, params, inputs = prepare(tiny_bert)
     assert config.hidden_act == "gelu"
-    expected = FlaxAutoModel.from_pretrained(tiny_bert)(**inputs[0])
+    model, loaded = weights.from_pretrained(tiny_bert, models.MASKED)
+    expected = model.apply({"params": loaded}, inputs[0]["input_ids"], inputs[0]["attention_mask"])
     for precision, tolerance in (("float32", 1e-5), ("bfloat16", 0.1)):
-        encoder = script.TimedEncoder(precision, model_class, config, params, inputs[0])
-        hidden_BTH, pooled_BH = encoder.compiled(encoder.params, inputs[0])
-        np.testing.assert_allclose(np.float32(hidden_BTH), expected.last_hidden_state, atol=tolerance)
-        np.testing.assert_allclose(np.float32(pooled_BH), expected.pooler_output, atol=tolerance)
-    _, _, changed, _, _ = prepare(tiny_bert, "--hidden_act", "gelu_new")
+        encoder = script.TimedEncoder(precision, config, params, inputs[0])
+        hidden_BTH = encoder.compiled(encoder.params, inputs[0])
+        np.testing.assert_allclose(np.float32(hidden_BTH), expected, atol=tolerance)
+    _, changed, _, _ = prepare(tiny_bert, "--hidden_act", "gelu_new")
     assert changed.hidden_act == "gelu_new"
+
+
+@pytest.mark.torch
+def test_outputs_are_those_of_pytorch(tiny_config, tmp_path):
+    """Of a checkpoint that it wrote, without a head."""
+    import torch
+    from transformers import BertModel
+
+    torch.manual_seed(1)
+    model = BertModel(tiny_config).eval()
+    model.save_pretrained(tmp_path)
+    _, config, params, inputs = prepare(tmp_path)
+    encoder = script.TimedEncoder("float32", config, params, inputs[0])
+    with torch.no_grad():
+        expected = model(**{name: torch.tensor(np.asarray(array)).long() for name, array in inputs[0].items()})
+    hidden_BTH = encoder.compiled(encoder.params, inputs[0])
+    np.testing.assert_allclose(hidden_BTH, expected.last_hidden_state.numpy(), atol=1e-4)
 
 
 def test_inputs_vary_and_follow_the_seed(tiny_bert):
@@ -163,12 +179,12 @@ def test_inputs_vary_and_follow_the_seed(tiny_bert):
     assert ids.min() >= 300  # half of a small vocabulary; the first thousand of a large one
     assert ids.max() < 600
     for batch in inputs:
-        assert np.all(batch["token_type_ids"] == 0)
+        assert batch.keys() == {"input_ids", "attention_mask"}  # without types of tokens all are of the first
         assert np.all(batch["attention_mask"] == 1)
     again, other = (prepare(tiny_bert, "--seed", seed)[-1] for seed in (args.seed, 7))
     assert np.array_equal(again[0]["input_ids"], ids[0])
     assert not np.array_equal(other[0]["input_ids"], ids[0])
-    large = script.make_inputs(FlaxBertModel, BertConfig(eos_token_id=1001, vocab_size=1003), args)
+    large = script.make_inputs(BertConfig(eos_token_id=1001, vocab_size=1003), args)
     assert min(int(batch["input_ids"].min()) for batch in large) >= 501
     assert not any(bool((batch["input_ids"] == 1001).any()) for batch in large)
 
@@ -207,8 +223,10 @@ def test_precisions_take_turns():
 # ---- Models --------------------------------------------------------------------------------------------------------------
 
 OTHERS = {
-    "distilbert": DistilBertConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=64),  # neither segments nor pooled output
+    "distilbert": DistilBertConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=64),  # without types of tokens
     "roberta": RobertaConfig(**TINY),
+    "albert": AlbertConfig(embedding_size=16, **TINY),
+    "big_bird": BigBirdConfig(**TINY),  # with full attention
 }
 
 
@@ -226,9 +244,10 @@ def test_other_encoders_without_weights(model_type, tmp_path, capsys, messages):
 def test_base_model_gets_random_weights_without_the_hub(monkeypatch, tiny_config, tmp_path, capsys, messages):
     """BERT-base has 110 million parameters, so a small one stands in for it here; its shape is checked apart."""
     real = script.BertConfig()
-    shapes = FlaxBertModel(real, _do_init=False)
-    shapes = jax.eval_shape(lambda rng: shapes.init_weights(rng, shapes.input_shape), jax.random.key(0))
-    assert sum(array.size for array in jax.tree.leaves(shapes)) == 109_482_240
+    shapes = weights.shapes_of(script.MODELS["bert"](real))
+    sizes = {name: sum(shape.size for path, shape in shapes.items() if path[0] == name) for name in ("bert", "cls")}
+    pooler = 768 * 768 + 768  # of the model of 110 million, which is not timed
+    assert sizes == {"bert": 109_482_240 - pooler, "cls": 768 * 768 + 3 * 768 + 30522}
     assert (real.vocab_size, real.hidden_act) == (30522, "gelu")
     monkeypatch.setattr(script, "BertConfig", lambda: tiny_config)
     results = time_it("bert-base-uncased", "--cache_dir", tmp_path)
@@ -259,10 +278,10 @@ def test_directories_that_cannot_be_timed(tmp_path, tiny_bert, tiny_config, erro
         assert "--model_name_or_path" in line
         assert str(source) in line
     GPT2Config().save_pretrained(tmp_path / "gpt2")
-    assert "gpt2 is no Flax encoder" in error_of(time_it, tmp_path / "gpt2")
+    assert "gpt2 is no encoder of text; supported are albert, bert" in error_of(time_it, tmp_path / "gpt2")
     tiny_config.save_pretrained(tmp_path / "damaged")
     (tmp_path / "damaged" / "flax_model.msgpack").write_bytes(b"not weights")
-    assert "damaged: cannot be loaded" in error_of(time_it, tmp_path / "damaged")
+    assert "damaged: no model: flax_model.msgpack is cut short, damaged" in error_of(time_it, tmp_path / "damaged")
     # A directory of the base model's name is a directory: nothing is timed in its place.
     (tmp_path / "bert-base-uncased").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -280,7 +299,10 @@ ADVICE = re.compile(r"--\w+|\w+=True")  # flags and arguments that a message nam
         ({"hidden_size": "abc"}, "config.json: hidden_size=abc: must be a whole number"),
         ({"num_attention_heads": 5}, "config.json: num_attention_heads=5: does not divide the hidden size, 32"),
         ({"hidden_act": "foo"}, "config.json: hidden_act=foo: must be one of gelu,"),
-        ({"position_embedding_type": "relative_key"}, "transformers' Flax class of bert adds absolute positions"),
+        (
+            {"position_embedding_type": "relative_key"},
+            'position_embedding_type="relative_key": positions relative to each other: not here',
+        ),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}, "it comes with code of its own, which is not run"),
         ({"vocab_size": 900}, "the configuration is not that of the weights: "),
     ],
@@ -307,13 +329,19 @@ def test_weights_in_a_pickle(tiny_config, error_of, tmp_path, monkeypatch):
 
 @pytest.mark.torch
 def test_a_pickle_is_timed(tiny_config, capsys, tmp_path):
+    import torch
     from transformers import BertModel
 
-    BertModel(tiny_config).save_pretrained(tmp_path, safe_serialization=False)
+    tiny_config.save_pretrained(tmp_path)
+    torch.save(BertModel(tiny_config).state_dict(), tmp_path / "pytorch_model.bin")
     time_it(tmp_path)
     assert "examples per second" in capsys.readouterr().out
 
 
 def test_a_length_that_the_model_does_not_take(tmp_path, error_of):
-    BigBirdConfig(vocab_size=100, max_position_embeddings=16, **TINY).save_pretrained(tmp_path)
-    assert "--seq_length 8: big_bird" in error_of(time_it, tmp_path)
+    """Rows that would have sparse attention."""
+    sizes = {"block_size": 1, "num_random_blocks": 1, "max_position_embeddings": 16}
+    BigBirdConfig(vocab_size=100, **sizes, **TINY).save_pretrained(tmp_path)
+    line = error_of(time_it, tmp_path)
+    assert "attention_type=block_sparse: sparse attention is not here, and rows of more than 7 tokens would have it" in line
+    assert set(ADVICE.findall(line)) == {"--seq_length"}

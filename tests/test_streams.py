@@ -16,11 +16,11 @@ import weakref
 from collections import Counter
 
 import datasets
+import httpx2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import requests
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -270,7 +270,7 @@ def test_a_file_that_goes_is_told(refuses, number_tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [ConnectionError("Server Disconnected"), TimeoutError("timed out"), requests.ReadTimeout("slow")]
+    "error", [ConnectionError("Server Disconnected"), TimeoutError("timed out"), httpx2.ReadTimeout("slow")]
 )
 def test_a_lost_network_is_an_accident(error, number_tokenizer, monkeypatch, tmp_path):
     """Nobody's mistake: exit status 1, and how to go on."""

@@ -72,11 +72,12 @@ def decode(batch, row, tokenizer=TOKENIZER, text_start=0):
     assert not batch["attention_mask"][row][len(source) :].any()
     assert (batch["input_ids"][row][len(source) :] == PAD).all()
     target = list(batch["labels"][row][batch["label_weights"][row] > 0])
+    np.testing.assert_array_equal(batch["decoder_attention_mask"][row], batch["label_weights"][row] > 0)
     assert not batch["label_weights"][row][len(target) :].any()
     assert (batch["labels"][row][len(target) :] == PAD).all()
     assert list(batch["decoder_input_ids"][row][: len(target)]) == [PAD, *target[:-1]]
     assert (batch["decoder_input_ids"][row][len(target) :] == PAD).all()
-    assert source.pop() == target.pop() == EOS
+    assert source.pop() == target.pop() == tokenizer.eos_token_id
 
     spans, text, span_of = [], [], []
     for token in target:
@@ -129,7 +130,7 @@ def test_input_and_target_rebuild_the_text(max_seq_length, probability, mean_len
 
     np.testing.assert_array_equal(rows["input_ids"], original)  # rows may be a view of a file: not to be written to
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(lengths), max_seq_length)
-    for name in ("labels", "decoder_input_ids", "label_weights"):
+    for name in ("labels", "decoder_input_ids", "decoder_attention_mask", "label_weights"):
         assert batch[name].shape == (len(lengths), collator.target_length)
     assert {name: array.dtype for name, array in batch.items()} == dict.fromkeys(batch, np.int32) | {
         "label_weights": np.float32
