@@ -350,7 +350,7 @@ def check_sizes(config: PretrainedConfig, origin: Origin) -> None:
         require(head_size % 2 == 0, name, f"makes heads of {head_size}, an odd number, which cannot be turned in pairs")
     has_window = "sliding_attention" in (getattr(config, "layer_types", None) or []) and hasattr(config, "sliding_window")
     require(not has_window or config.sliding_window is not None, "sliding_window", "layers of sliding attention need one")
-    is_right = (getattr(config, "rotary_dim", None) or 0) in range(0, head_size + 1, 2)
+    is_right = kind != "gptj" or (config.rotary_dim or 0) in range(2, head_size + 1, 2)
     require(is_right, "rotary_dim", f"must be even, and at most a head's size, {head_size}")
     if getattr(config, "use_sliding_window", False):  # Qwen
         require(config.sliding_window is not None, "sliding_window", "must be the number of tokens seen, or drop the window")

@@ -171,8 +171,11 @@ def save_model(
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as staging:
         with tokenization.TOKENIZER_IN_USE:
             tokenizer.save_pretrained(staging)
-        model.config.architectures = [models.pytorch_class(model)]
-        model.config.save_pretrained(staging)
+        config = copy.deepcopy(model.config)
+        config.architectures = [models.pytorch_class(model)]
+        if getattr(model, "has_own_head", False):  # T5 1.1, which transformers 5 calls tied, and 4 would then tie
+            config.tie_word_embeddings = False
+        config.save_pretrained(staging)
         with open(os.path.join(staging, "flax_model.msgpack"), "wb") as file:
             file.write(msgpack_serialize(params))
         if save_safetensors:

@@ -22,7 +22,7 @@ import pytest
 from flax.serialization import msgpack_serialize
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoConfig, GPT2Config, configuration_utils
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GPT2Config, configuration_utils
 
 import run_bart_dlm_flax
 import run_clm_flax
@@ -551,3 +551,14 @@ def test_a_fresh_model_is_not_resized(roberta_dir, corpus, error_of, tmp_path):
     assert (
         "--resize_token_embeddings: adds rows to the weights of --model_name_or_path; a fresh model has what it needs" in line
     )
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_what_config_json_says_of_the_head(is_tied, t5_dir, tmp_path):
+    """transformers 5 calls all of T5 tied and keeps the difference under another name; 4 must not tie T5 1.1."""
+    model = tiny_model(run_t5_mlm_flax, "t5", tie_word_embeddings=is_tied)
+    tokenizer = AutoTokenizer.from_pretrained(t5_dir)
+    weights.save_model(str(tmp_path), model, random_params(model), tokenizer, save_safetensors=True)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is is_tied
+    again = run_t5_mlm_flax.MODELS["t5"](AutoConfig.from_pretrained(tmp_path))
+    assert again.has_own_head is not is_tied

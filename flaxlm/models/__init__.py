@@ -107,6 +107,9 @@ def pytorch_class(model: nn.Module) -> str:
 def check(config: PretrainedConfig, implementation: str) -> None:
     """Refuse fields of a configuration that nothing here computes, and a way to attend that the model cannot take."""
     fields.check(config)
+    if implementation in ("xla", "cudnn") and getattr(config, "attn_logit_softcapping", None):
+        reason = "cannot squeeze scores, which attn_logit_softcapping asks for: set it to null, or use chunked"
+        cli.fail(f"--attention_implementation {implementation}: {reason}")
     rates = {name: getattr(config, name) for name in DROPOUT_OF_ATTENTION if getattr(config, name, 0)}
     if implementation in ("xla", "cudnn") and rates:
         rate = "=".join(map(str, next(iter(rates.items()))))

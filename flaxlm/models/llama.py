@@ -24,14 +24,6 @@ def head_size(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def rope_parameters(config: PretrainedConfig) -> Mapping[str, Any]:
-    """How positions turn queries and keys; configurations of transformers 4 have it in two fields."""
-    if hasattr(config, "rope_parameters"):
-        return config.rope_parameters
-    scaling = getattr(config, "rope_scaling", None) or {}
-    return {"rope_theta": config.rope_theta, "rope_type": scaling.get("type", "default")} | scaling
-
-
 # ---- Llama -------------------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +120,7 @@ class LlamaModel(nn.Module):
         init = nn.initializers.normal(config.initializer_range)
         words = nn.Embed(config.vocab_size, config.hidden_size, compute.dtype, embedding_init=init, name="embed_tokens")
         hidden_BTH = words(input_ids_BT) * jnp.asarray(self.embedding_scale, compute.dtype)
-        frequencies = positions.rotary_frequencies(head_size(config), rope_parameters(config))
+        frequencies = positions.rotary_frequencies(head_size(config), config.rope_parameters)
         rotation = positions.rotary_table(positions.within_segments(segment_ids_BT), frequencies)
         mask = attention.Mask(segment_ids_BT, segment_ids_BT, is_causal=True)
         layer = functools.partial(self.layer_class, config, compute)

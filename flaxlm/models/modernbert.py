@@ -134,10 +134,7 @@ class ModernBert(nn.Module):
 
 def rotary_parameters(config: ModernBertConfig) -> dict[str, Mapping[str, Any]]:
     """Those of layers that see all, and of layers that see what is near."""
-    if hasattr(config, "rope_parameters"):
-        return {kind: config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention")}
-    thetas = {"full_attention": config.global_rope_theta, "sliding_attention": config.local_rope_theta}  # transformers 4
-    return {kind: {"rope_theta": theta} for kind, theta in thetas.items()}
+    return {kind: config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention")}
 
 
 def layer_types(config: ModernBertConfig) -> list[str]:
