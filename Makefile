@@ -70,7 +70,7 @@ $(OLDEST)/development: requirements.txt requirements-dev.txt
 	@touch $@
 
 test-oldest: $(OLDEST)/development
-	$(OLDEST)/bin/python -m pytest tests/test_scripts.py -k golden
+	$(OLDEST)/bin/python -m pytest tests/test_scripts.py tests/test_nsp.py -k golden
 
 ## test-faults: kill training twenty times at random moments; takes minutes
 test-faults: $(VENV)/development
