@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import BertConfig, PretrainedConfig
 
-from flaxlm import arguments, cli, configurations, layers, models, randomness, weight_files, weights
+from flaxlm import arguments, cli, configurations, layers, models, randomness, sharding, weight_files, weights
 
 # Shape letters at the end of names: B  rows in a batch, T  tokens in a row. Model inputs keep their transformers names.
 
@@ -118,7 +118,7 @@ def load_encoder(args: TimingArguments) -> tuple[PretrainedConfig, Any]:
                 raise
     if not found:
         cli.logger.warning("No weights loaded: random ones are timed in their place, which are as fast.")
-    return config, weights.initialize(model, randomness.device_rng(args.seed, "weights"), found)
+    return config, weights.initialize(model, randomness.device_rng(args.seed, "weights"), found, sharding.one_device())
 
 
 def may_be_replaced(source: str, reason: str) -> bool:
@@ -189,7 +189,7 @@ class TimedEncoder:
         batch: Mapping[str, jax.Array],
     ):
         self.precision, self.params, self.seconds = precision, cast_weights(params, precision), []
-        compute = layers.Compute(jnp.dtype(precision), "chunked" if jax.default_backend() == "cpu" else "eager")
+        compute = layers.Compute(jnp.dtype(precision), "chunked")
         model = MODELS[config.model_type](config, compute)
         start = time.perf_counter()
         cli.logger.info("Compiling for %s ...", precision)

@@ -53,6 +53,7 @@ from flaxlm import (
     command_line,
     configurations,
     corpus,
+    estimates,
     evaluation,
     hub,
     logs,
@@ -474,49 +475,59 @@ def eval_metrics(totals: Mapping[str, float]) -> dict[str, float]:
 # ---- Steps ---------------------------------------------------------------------------------------------------------------
 
 
-def train_step(
-    state: sharding.TrainState,
-    batch: Mapping[str, jax.Array],
-    dropout_rng: jax.Array,
-    loss_fn: Callable,
-    optimizer: optax.GradientTransformation,
-    learning_rate_fn: optax.Schedule,
-) -> tuple[sharding.TrainState, dict[str, jax.Array]]:
-    """One update from a batch of [A, ...] micro-batches; runs on each device with its own rows.
+def sum_gradients(
+    params: Any, batch: Mapping[str, jax.Array], step_rng: jax.Array, loss_fn: Callable
+) -> tuple[dict[str, jax.Array], Any]:
+    """Losses and gradients of [A, ...] micro-batches; runs on each device with its own rows.
 
     The loss is the mean over all masked tokens plus the mean over all pairs, of all micro-batches and devices: what they are
-    divided by is summed first, so every label counts the same however the rows are spread. Metrics: the loss and its parts,
-    the number of masked tokens, gradient norm before clipping, learning rate; "stop" is above 0 if any process was told to
-    stop, so that all learn it at the same step.
+    divided by is summed first, so every label counts the same however the rows are spread. "stop" is above 0 if any process
+    was told to stop, so that all learn it at the same step.
     """
-    device_rng = jax.random.fold_in(jax.random.fold_in(dropout_rng, state.step), jax.lax.axis_index("data"))
+    device_rng = jax.random.fold_in(step_rng, jax.lax.axis_index("data"))
     num_tokens, num_pairs = jax.lax.psum((batch["label_weights"].sum(), batch["next_sentence_weights"].sum()), "data")
 
     def micro_batch_loss(params, micro_batch, rngs):
         loss, aux = loss_fn(params, micro_batch, rngs=rngs)
         masked_lm_loss = loss / jnp.maximum(num_tokens, 1)
         next_sentence_loss = aux["next_sentence_loss"] / jnp.maximum(num_pairs, 1)
-        return masked_lm_loss + next_sentence_loss, (masked_lm_loss, next_sentence_loss)
+        return masked_lm_loss + next_sentence_loss, {
+            "masked_lm_loss": masked_lm_loss,
+            "next_sentence_loss": next_sentence_loss,
+        }
 
     def add_micro_batch(sums, indexed_micro_batch):
         index, micro_batch = indexed_micro_batch
         grad_fn = jax.grad(micro_batch_loss, has_aux=True)
-        grads, terms = grad_fn(state.params, micro_batch, {"dropout": jax.random.fold_in(device_rng, index)})
+        grads, terms = grad_fn(params, micro_batch, {"dropout": jax.random.fold_in(device_rng, index)})
         return jax.tree.map(jnp.add, sums, (terms, grads)), None
 
-    zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.params))
+    zeros = {"masked_lm_loss": jnp.zeros(()), "next_sentence_loss": jnp.zeros(())}, jax.tree.map(jnp.zeros_like, params)
     micro_batches = {name: array for name, array in batch.items() if name != "stop"}
-    sums, _ = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(len(batch["stop"])), micro_batches))
-    (masked_lm_loss, next_sentence_loss), grads = jax.lax.psum(sums, "data")
+    (losses, grads), _ = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(len(batch["stop"])), micro_batches))
+    sums, grads = sharding.sum_over_devices((losses | {"stop": batch["stop"].max()}, grads))
+    return sums | {"weight": num_tokens}, grads
+
+
+def train_step(
+    state: sharding.TrainState,
+    batch: Mapping[str, jax.Array],
+    dropout_rng: jax.Array,
+    gradients_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    learning_rate_fn: optax.Schedule,
+) -> tuple[sharding.TrainState, dict[str, jax.Array]]:
+    """One update, of whole arrays wherever their parts lie, by the gradients that the devices have summed.
+
+    Metrics: the loss and its parts, the number of masked tokens, gradient norm before clipping, learning rate, stop.
+    """
+    sums, grads = gradients_fn(state.params, batch, jax.random.fold_in(dropout_rng, state.step))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
-        "loss": masked_lm_loss + next_sentence_loss,
-        "masked_lm_loss": masked_lm_loss,
-        "next_sentence_loss": next_sentence_loss,
-        "weight": num_tokens,
+        "loss": sums["masked_lm_loss"] + sums["next_sentence_loss"],
+        **sums,
         "grad_norm": optax.global_norm(grads),
         "learning_rate": learning_rate_fn(state.step),
-        "stop": jax.lax.psum(batch["stop"].max(), "data"),
     }
     return sharding.TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
@@ -526,6 +537,21 @@ def eval_step(params, batch: Mapping[str, jax.Array], loss_fn: Callable) -> dict
     rows = {name: array for name, array in batch.items() if name != "stop"}
     loss, aux = loss_fn(params, rows)
     return jax.lax.psum({"loss": loss, **aux, "stop": batch["stop"].max()}, "data")
+
+
+def make_steps(
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    learning_rate_fn: optax.Schedule,
+    devices: sharding.Devices,
+) -> tuple[sharding.CompiledStep, sharding.CompiledStep]:
+    """Both steps as programs over all devices, p_train_step and p_eval_step, compiled when they are first called."""
+    gradients_fn = sharding.on_each_device(
+        functools.partial(sum_gradients, loss_fn=loss_fn), devices, sharding.PER_MICRO_BATCH, gives_gradients=True
+    )
+    step_fn = functools.partial(train_step, gradients_fn=gradients_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)
+    eval_fn = sharding.on_each_device(functools.partial(eval_step, loss_fn=loss_fn), devices, sharding.PER_ROW)
+    return sharding.CompiledStep("training", step_fn, gives_state=True), sharding.CompiledStep("evaluation", eval_fn)
 
 
 # ---- Main ----------------------------------------------------------------------------------------------------------------
@@ -548,27 +574,28 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     data_args.adapt_config(config, row_length)
     weights.check(config, args, MODELS)
     collator = Collator(tokenizer, config, data_args, row_length)
+    if training_args.compile_for:  # does it fit on a machine that may not be there? Nothing is read or trained for that
+        return estimates.report(args, estimates.Script(config, collator, MODELS, loss_fn, make_steps))
     tokenize_fn = functools.partial(tokenize_texts, tokenizer=tokenizer, **collator.tokenize_options)
     data = corpus.prepare(args, tokenize_fn, collator)
 
-    # Sizes, weights, optimizer, and two programs over all devices, which are compiled when they are first called.
     plan = batches.make_plan(training_args, data.num_train_rows, collator.row_length)
-    mesh = sharding.make_mesh()
+    devices = sharding.all_devices(training_args.fsdp)
     model = models.build(config, args, MODELS)
-    params = weights.load(model, args, mesh)
+    params = weights.load(model, args, devices)
     logs.log_plan(plan, data, collator.row_length, params)
     logs.advise_on_cpu(model_args.dtype)
-    model_loss_fn = functools.partial(loss_fn, model=model)
     learning_rate_fn = optimizers.make_learning_rate(training_args, plan)
     optimizer = optimizers.make_optimizer(training_args, learning_rate_fn)
-    step_fn = functools.partial(train_step, loss_fn=model_loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)
-    p_train_step = sharding.compile_train_step(step_fn, mesh)
-    p_eval_step = sharding.compile_eval_step(functools.partial(eval_step, loss_fn=model_loss_fn), mesh)
-    evaluate = evaluation.Evaluator(data.validation, collator, plan, training_args.seed, mesh, p_eval_step, eval_metrics)
+    model_loss_fn = functools.partial(loss_fn, model=model)
+    p_train_step, p_eval_step = make_steps(model_loss_fn, optimizer, learning_rate_fn, devices)
+    evaluate = evaluation.Evaluator(
+        data.validation, collator, plan, training_args.seed, devices.mesh, p_eval_step, eval_metrics
+    )
 
     with runs.Run(__file__, args, data, plan, model, tokenizer, uploads) as run:
         if training_args.do_train:
-            state = run.start(sharding.create_train_state(params, optimizer, mesh))
+            state = run.start(sharding.create_train_state(params, optimizer, devices))
             host_batches = batches.train_batches(data.train, collator, plan, training_args.seed, run.step, run.position)
             dropout_rng = randomness.device_rng(training_args.seed, "dropout", impl="rbg")
             if training_args.do_eval:
@@ -576,7 +603,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             with run.training():
                 if run.is_due("eval"):  # a resumed run may have been stopped in an evaluation
                     run.report(evaluate(state.params, run.stop))
-                for batch in batches.put_on_devices(host_batches, mesh, sharding.PER_MICRO_BATCH, run.stop):
+                for batch in batches.put_on_devices(host_batches, devices.mesh, sharding.PER_MICRO_BATCH, run.stop):
                     p_train_step.compile(state, batch.arrays, dropout_rng)
                     run.begin_step()
                     state, metrics = p_train_step(state, batch.arrays, dropout_rng)

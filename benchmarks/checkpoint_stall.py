@@ -19,9 +19,7 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 import optax
-from jax.sharding import Mesh
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, RobertaConfig
 
@@ -35,16 +33,12 @@ def make_step(args, config: RobertaConfig):
     """The training step of the script, its first state and a batch."""
     model = script.MODELS[config.model_type](config)
     optimizer = optax.adamw(1e-4, mask=optimizers.decay_mask)
-    step_fn = functools.partial(
-        script.train_step,
-        loss_fn=functools.partial(script.loss_fn, model=model),
-        optimizer=optimizer,
-        learning_rate_fn=optax.constant_schedule(1e-4),
-    )
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    devices = sharding.one_device()
+    loss_fn = functools.partial(script.loss_fn, model=model)
+    step, _ = script.make_steps(loss_fn, optimizer, optax.constant_schedule(1e-4), devices)
     params = jax.jit(functools.partial(weights.init, model))(jax.random.key(0))
-    state = sharding.create_train_state(params, optimizer, mesh)
-    return model, sharding.compile_train_step(step_fn, mesh), state, make_batches(args)[0]
+    state = sharding.create_train_state(params, optimizer, devices)
+    return model, step, state, make_batches(args)[0]
 
 
 def main() -> None:

@@ -24,16 +24,16 @@ class OurSide:
     def __init__(self, setup: Setup, precision: str):
         self.name, self.precision = Path(setup.script.__file__).name, precision
         args = setup.args._replace(model=dataclasses.replace(setup.args.model, dtype=precision))
-        mesh = sharding.make_mesh()
+        devices = sharding.all_devices()
         model = models.build(setup.config, args, setup.script.MODELS)
-        params = weights.load(model, args, mesh)
+        params = weights.load(model, args, devices)
         self.weights = jax.tree.map(np.array, params)  # copies: training takes over the buffers
-        self.p_train_step, optimizer = compile_later(setup.script, args, model, setup.plan, mesh)
-        self.state = sharding.create_train_state(params, optimizer, mesh)
+        self.p_train_step, optimizer = compile_later(setup.script, args, model, setup.plan, devices)
+        self.state = sharding.create_train_state(params, optimizer, devices)
         self.log = logs.TrainingLog(args.training, setup.plan, None)
         self.log.bar = tqdm(disable=True)
         stop = processes.StopSignal()
-        self.batches = batches.put_on_devices(setup.batches(), mesh, sharding.PER_MICRO_BATCH, stop)
+        self.batches = batches.put_on_devices(setup.batches(), devices.mesh, sharding.PER_MICRO_BATCH, stop)
         self.dropout_rng = randomness.device_rng(args.training.seed, "dropout", impl="rbg")
         self.batch = next(self.batches)
         self.p_train_step.compile(self.state, self.batch.arrays, self.dropout_rng)

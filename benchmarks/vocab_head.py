@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from tqdm import tqdm
 from transformers import GPT2Config, PretrainedConfig, RobertaConfig
 
@@ -107,11 +106,10 @@ def main() -> None:
 
     module = {"mlm": script, "clm": run_clm_flax}[args.objective]
     config = make_config(args)
-    implementation = "chunked" if jax.default_backend() == "cpu" else "eager"
-    model = module.MODELS[config.model_type](config, layers.Compute(attention=implementation))
+    model = module.MODELS[config.model_type](config, layers.Compute(attention="chunked"))
     params = jax.jit(functools.partial(weights.init, model))(jax.random.key(0))
     optimizer = optax.adamw(1e-4, mask=optimizers.decay_mask)
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    devices = sharding.one_device()
     dropout_rng = randomness.device_rng(0, "dropout", impl="rbg")
     own_batch, other_batch = make_batches(args)
     losses = {
@@ -121,14 +119,9 @@ def main() -> None:
     }
     runs = {}
     for name, (loss_fn, batch) in losses.items():
-        step_fn = functools.partial(
-            module.train_step,
-            loss_fn=functools.partial(loss_fn, model=model),
-            optimizer=optimizer,
-            learning_rate_fn=optax.constant_schedule(1e-4),
-        )
-        step = sharding.compile_train_step(step_fn, mesh)
-        state = sharding.create_train_state(jax.tree.map(jnp.array, params), optimizer, mesh)
+        model_loss_fn = functools.partial(loss_fn, model=model)
+        step, _ = module.make_steps(model_loss_fn, optimizer, optax.constant_schedule(1e-4), devices)
+        state = sharding.create_train_state(jax.tree.map(jnp.array, params), optimizer, devices)
         print(f"Compiling: {name}", file=sys.stderr)
         state, metrics = step(state, batch, dropout_rng)
         runs[name] = [step, batch, state, [], float(metrics["loss"])]

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import (
@@ -197,14 +196,13 @@ def prepare_rows(
 
 
 def compile_later(
-    script: ModuleType, args: arguments.Arguments, model: nn.Module, plan: batches.Plan, mesh: Mesh
+    script: ModuleType, args: arguments.Arguments, model: nn.Module, plan: batches.Plan, devices: sharding.Devices
 ) -> tuple[sharding.CompiledStep, optax.GradientTransformation]:
     """The training step of a script and its optimizer, as main() makes them."""
     loss_fn = functools.partial(script.loss_fn, model=model)
     learning_rate_fn = optimizers.make_learning_rate(args.training, plan)
     optimizer = optimizers.make_optimizer(args.training, learning_rate_fn)
-    step_fn = functools.partial(script.train_step, loss_fn=loss_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)
-    return sharding.compile_train_step(step_fn, mesh), optimizer
+    return script.make_steps(loss_fn, optimizer, learning_rate_fn, devices)[0], optimizer
 
 
 def describe_model(setup: Setup, args: argparse.Namespace, num_params: int, target_length: int) -> str:

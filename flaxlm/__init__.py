@@ -12,7 +12,9 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     processes    several processes that train together, and being told to stop
     outputs      what lies in output_dir, and whose it is
     command_line  the command line of a training script, read and checked
-    sharding     mesh, compiled steps, the state they update
+    sharding     what lies where on the devices, compiled steps, the state they update
+    flops        how much arithmetic a function is
+    machines     what a program can be compiled for, be it here or not
     repositories    files of a model in a directory or on the Hub, and why they cannot be read
     configurations  loading, changing and checking them
     tokenization    loading tokenizers, fitting a configuration to one
@@ -30,6 +32,7 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     corpus       either of the two: the rows of a run
     batches      sizes, order, noise, and on to the devices
     optimizers   learning rate schedules, optimizers
+    estimates    what a run would take of a machine
     logs         log lines, progress, TensorBoard
     evaluation   exact over all rows
     hub          uploads

@@ -63,8 +63,8 @@ class TrainingArguments:
     attention_implementation: Literal["auto", "eager", "chunked", "xla", "cudnn"] = field(
         default="auto",
         metadata={
-            "help": "eager: keeps all scores; chunked: exact, saves memory, fast on CPUs; xla, cudnn: "
-            "jax.nn.dot_product_attention, without attention dropout. auto: chunked on a CPU, else eager."
+            "help": "chunked: exact, with the least memory; eager: keeps all scores; xla, cudnn: "
+            "jax.nn.dot_product_attention, without attention dropout. auto: chunked."
         },
     )
     gradient_checkpointing: bool = field(
@@ -73,6 +73,21 @@ class TrainingArguments:
     gradient_accumulation_steps: int = field(
         default=1, metadata={"help": "Micro-batches in one update: multiplies the batch, not the memory."}
     )
+    fsdp: bool = field(
+        default=False,
+        metadata={
+            "help": "Spread weights, gradients and optimizer state over the devices instead of keeping all on each: less "
+            "memory, more traffic between them."
+        },
+    )
+    compile_for: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train nothing: compile for a machine that need not be there (v3-8, v5litepod-8, h100:8, ...; this: the "
+            "one here) and say what of it is needed; exit status 1 if that is too much."
+        },
+    )
+    json: bool = field(default=False, metadata={"help": "compile_for: print JSON."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep, the newest ones."})
     resume_from_checkpoint: str | None = field(
         default=None,

@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from flaxlm import layers
 
-CHUNK_SCORES = 2**20  # of the chunked implementation at a time, or those of one row if it has more
+# Scores of the chunked implementation at a time, or those of one row if it has more.
+CHUNK_SCORES = 2**20  # on a CPU, whose cache holds them
+DEVICE_CHUNK_SCORES = 2**24  # elsewhere: 64 MiB keep a device busy
 IMPLEMENTATIONS = ("eager", "chunked", "xla", "cudnn")
 
 
@@ -129,7 +132,8 @@ def scores_of_row(query, key, visible, bias, softcap: float | None) -> jax.Array
 
 def rows_at_a_time(query: jax.Array, key: jax.Array) -> int:
     """A divisor of the batch; on a CPU a batch of one is slower than none."""
-    most = max(CHUNK_SCORES // (query.shape[1] * query.shape[2] * key.shape[1]), 1)
+    chunk_scores = CHUNK_SCORES if layers.platform() == "cpu" else DEVICE_CHUNK_SCORES
+    most = max(chunk_scores // (query.shape[1] * query.shape[2] * key.shape[1]), 1)
     return max(rows for rows in range(1, min(most, len(query)) + 1) if len(query) % rows == 0)
 
 
@@ -163,7 +167,8 @@ def chunked_attention_fwd(query, key, value, visible, bias, keep, softcap: float
         return None, (output.astype(value.dtype), highest, sums)
 
     inputs = query, key, value, visible
-    _, (output, highest, sums) = map_rows(attend_row, rows_at_a_time(query, key), None, inputs)
+    _, outputs = map_rows(attend_row, rows_at_a_time(query, key), None, inputs)
+    output, highest, sums = (checkpoint_name(array, layers.KEPT) for array in outputs)
     return output, (inputs, bias, keep, output, highest, sums)
 
 

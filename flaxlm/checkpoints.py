@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from flaxlm import arguments, batches, cli, files, hub, outputs, sharding, weights
@@ -29,6 +30,18 @@ logger = logging.getLogger(__name__)
 @jax.jit
 def copy_on_devices(tree):
     return jax.tree.map(jnp.copy, tree)
+
+
+def gather(array: jax.Array) -> jax.Array | np.ndarray:
+    """An array as process 0 can write it: what is spread over several processes goes there, so all must call this."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return array
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def to_numpy(array: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole of it, from one device if it lies there."""
+    return np.asarray(array.addressable_data(0) if isinstance(array, jax.Array) and array.is_fully_replicated else array)
 
 
 class NotSavedError(cli.Accident):
@@ -71,7 +84,7 @@ class Saver:
             if step != self.resumed_step:
                 self.checkpointer.save(path, args=contents, force=True)
             # The next step overwrites the weights in place, so the writer needs a copy; the devices make it.
-            self.job = self.executor.submit(self.write, copy_on_devices(state.params))
+            self.job = self.executor.submit(self.write, jax.tree.map(gather, copy_on_devices(state.params)))
         except Exception as error:
             self.report_failure(error)
 
@@ -84,7 +97,7 @@ class Saver:
         """Runs in the background: model files, then the end of the training state; then old ones go, and an upload begins."""
         try:
             if jax.process_index() == 0:
-                params = jax.tree.map(lambda array: np.asarray(array.addressable_data(0)), params)
+                params = jax.tree.map(to_numpy, params)
                 weights.save_model(self.args.output_dir, self.model, params, self.tokenizer, self.args.save_safetensors)
         finally:
             self.checkpointer.wait_until_finished()
@@ -261,7 +274,8 @@ FREE_FLAGS = {
     "output_dir", "overwrite_output_dir", "do_train", "do_eval", "per_device_eval_batch_size", "logging_steps",
     "logging_first_step", "save_steps", "save_total_limit", "save_safetensors", "eval_steps", "resume_from_checkpoint",
     "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "multihost", "coordinator_address", "num_processes",
-    "process_id", "cache_dir", "overwrite_cache", "preprocessing_num_workers", "max_eval_samples", "trust_remote_code",
+    "process_id", "fsdp", "compile_for", "json", "cache_dir", "overwrite_cache", "preprocessing_num_workers",
+    "max_eval_samples", "trust_remote_code",
     "validation_file", "validation_ref_file", "train_split_name", "eval_split_name",
     # Compared by what they yield: rows of tokens, a configuration, the size of a batch.
     "train_file", "train_ref_file", "dataset_name", "dataset_config_name", "config_name", "config_overrides",

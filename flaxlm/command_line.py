@@ -19,7 +19,8 @@ GROUPS = {
         "do_train", "do_eval", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
         "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio",
         "groupbert_schedule", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "adafactor", "lamb",
-        "lamb_no_bias_correction", "max_grad_norm", "seed", "attention_implementation", "gradient_checkpointing",
+        "lamb_no_bias_correction", "max_grad_norm", "seed", "attention_implementation", "gradient_checkpointing", "fsdp",
+        "compile_for", "json",
     ],
     "logging, saving, resuming": [
         "output_dir", "overwrite_output_dir", "logging_steps", "logging_first_step", "eval_steps", "save_steps",
@@ -54,10 +55,13 @@ def parse(
     for part in args:
         check_numbers(part)
     check_paths(args)
+    if args.training.compile_for:
+        forget_the_run(args.training)
     check_training_arguments(args.training)
-    check_data_arguments(args.data, args.training)
     check_model_arguments(args.model, args.training, classes)
-    check_output_dir(args.training)
+    if not args.training.compile_for:
+        check_data_arguments(args.data, args.training)
+        check_output_dir(args.training)
     args.data.check(args.model)
     return args
 
@@ -125,6 +129,12 @@ def check_paths(args: arguments.Arguments) -> None:
             cli.fail(f"--{name} {path}: checkpoints cannot be kept under a path with *, ? or [ in it; rename it")
 
 
+def forget_the_run(training_args: arguments.TrainingArguments) -> None:
+    """The command line of a run from which only programs are compiled: alone, without uploads."""
+    training_args.push_to_hub = training_args.multihost = False
+    training_args.coordinator_address = training_args.num_processes = training_args.process_id = None
+
+
 def check_training_arguments(training_args: arguments.TrainingArguments) -> None:
     """Do length, optimizer, schedule and processes go together?"""
     if training_args.max_steps == 0 or training_args.max_steps < -1:
@@ -133,6 +143,8 @@ def check_training_arguments(training_args: arguments.TrainingArguments) -> None
         cli.fail("--num_processes, --process_id: need --coordinator_address host:port, the address of process 0")
     if training_args.coordinator_address and None in (training_args.num_processes, training_args.process_id):
         cli.fail("--coordinator_address: needs --num_processes and --process_id too")
+    if training_args.json and not training_args.compile_for:
+        cli.fail("--json: says how --compile_for answers; add that or drop the flag")
     if training_args.lamb and training_args.adafactor:
         cli.fail("--lamb, --adafactor: name one optimizer")
     if training_args.lamb_no_bias_correction and not training_args.lamb:

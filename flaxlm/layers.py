@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flaxlm import sharding
+
 
 class Compute(NamedTuple):
     """How a model is computed; what it computes does not depend on it, but for rounding."""
@@ -17,6 +19,12 @@ class Compute(NamedTuple):
     attention: str = "eager"  # implementation, see attention.Attention
     remat: bool = False  # layers are computed again in the backward pass, instead of keeping their activations
     scan: bool = False  # one program for all layers of a stack: it compiles faster, but moves weights and activations
+
+
+def platform() -> str:
+    """Of the devices that a program is traced for, which need not be there; else of those that jax has here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 # ---- Products and sums -------------------------------------------------------------------------------------------------
@@ -56,7 +64,7 @@ def sum_rows(array: jax.Array) -> jax.Array:
 
     On a CPU it is a product with ones: of long rows XLA's own sum takes up to fifty times as long, a quarter of an MLM step.
     """
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return array.sum(0, dtype=jnp.float32)
     flat_NX = array.reshape(len(array), -1)
     return contract(jnp.ones((1, len(array)), array.dtype), flat_NX, 1, 0, jnp.float32).reshape(array.shape[1:])
@@ -121,7 +129,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def product(module: nn.Module, inputs: jax.Array, kernel_DF: jax.Array) -> jax.Array:
     """inputs [..., D] @ kernel [D, F] in the type of the inputs, within a module, by `matmul` where that is faster."""
     # When weights are made only shapes matter, and no device must be touched: the process may still fork.
-    if module.is_initializing() or jax.default_backend() != "cpu":
+    if module.is_initializing() or platform() != "cpu":
         return inputs @ kernel_DF.astype(inputs.dtype)
     return matmul(inputs, kernel_DF)
 
@@ -214,8 +222,8 @@ class Layers(nn.Module):
             rngs = jax.random.split(self.make_rng("dropout"), self.num_layers)
         one_by_one = self.num_layers if not self.compute.scan else 1 if self.first else 0
         for i in range(one_by_one):
-            step = functools.partial(run, made[i])
-            hidden = (jax.checkpoint(step) if self.compute.remat else step)(hidden, params[i], parts[i], rngs[i])
+            step = remember(functools.partial(run, made[i]), self.compute, params[i])
+            hidden = step(hidden, params[i], parts[i], rngs[i])
         if one_by_one == self.num_layers:
             return hidden
 
@@ -224,13 +232,34 @@ class Layers(nn.Module):
 
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *params[one_by_one:])
         rest = jax.tree.map(lambda array: array[one_by_one:], each)
-        body = jax.checkpoint(body, prevent_cse=False) if self.compute.remat else body
+        body = remember(body, self.compute, stacked, prevent_cse=False)
         return jax.lax.scan(body, hidden, (stacked, rest, None if rngs[0] is None else rngs[one_by_one:]))[0]
+
+
+KEPT = "kept for the backward pass"  # what a policy of jax.checkpoint calls it
+
+
+def remember(function: Callable, compute: Compute, params: Any, prevent_cse: bool = True) -> Callable:
+    """A layer, and what its backward pass finds of it: all activations, or with `remat` none; never its gathered weights.
+
+    On a GPU products of matrices only, and what `KEPT` names: the rest is soon computed again, and would take a third to a
+    half of the memory. XLA for TPUs finds that out by itself, and better.
+    """
+    policies = jax.checkpoint_policies
+    if compute.remat:
+        return jax.checkpoint(function, prevent_cse=prevent_cse)
+    if platform() == "gpu":
+        policy = policies.save_from_both_policies(policies.dots_saveable, policies.save_only_these_names(KEPT))
+    elif any(map(sharding.is_part, jax.tree.leaves(params, is_leaf=sharding.is_part))):
+        policy = policies.save_anything_except_these_names(sharding.GATHERED)
+    else:
+        return function
+    return jax.checkpoint(function, prevent_cse=prevent_cse, policy=policy)
 
 
 def weight_at(module: nn.Module, path: str) -> jax.Array:
     """A weight of a module or of one within it, by its path, as "embeddings/word_embeddings/embedding"."""
-    return functools.reduce(lambda tree, name: tree[name], path.split("/"), module.variables["params"])
+    return sharding.whole(functools.reduce(lambda tree, name: tree[name], path.split("/"), module.variables["params"]))
 
 
 def vocabulary_scores(

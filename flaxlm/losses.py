@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flaxlm import sharding
+
 CHUNK_SCORES = 2**22  # scores at a time, 16 MiB in float32, or more if there were more than ...
-MAX_CHUNKS = 16  # ... so many chunks: small ones keep no accelerator busy
+MAX_CHUNKS = 16  # ... so many chunks, or chunks of fewer tokens than ...
+CHUNK_TOKENS = 1024  # ... so many: small ones keep no accelerator busy
 
 
 def labelled_cross_entropy(
@@ -31,7 +34,8 @@ def fused_cross_entropy(
     model: nn.Module, params: Any, hidden_BTH: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Of all tokens: the weighted sum, and that of how many labels score highest; head and loss a chunk of them at a time."""
-    num_chunks = min(math.ceil(labels_BT.size * model.config.vocab_size / CHUNK_SCORES), MAX_CHUNKS)
+    most_chunks = max(MAX_CHUNKS, labels_BT.size // CHUNK_TOKENS)
+    num_chunks = min(math.ceil(labels_BT.size * model.config.vocab_size / CHUNK_SCORES), most_chunks)
 
     def head_fn(head_params: Any, hidden_CH: jax.Array) -> jax.Array:
         return model.apply({"params": head_params}, hidden_CH, method="scores").astype(jnp.float32)
@@ -44,7 +48,7 @@ def fused_cross_entropy(
 
     hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])
     chunks = (cut(array) for array in (hidden_NH, labels_BT.reshape(-1), weights_BT.reshape(-1)))
-    return chunked_cross_entropy(head_fn, only(params, model.head_weights), *chunks)
+    return chunked_cross_entropy(head_fn, sharding.whole(only(params, model.head_weights)), *chunks)
 
 
 def only(tree: Mapping[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 def join(training_args: arguments.TrainingArguments) -> None:
     """Join the other processes, if this run has several. Must come before anything else touches a device."""
+    if training_args.compile_for and training_args.compile_for != "this":
+        jax.config.update("jax_platforms", "cpu")  # another machine is compiled for; its plugins must not look for it here
+        return
     check_platforms(os.environ.get("JAX_PLATFORMS", ""))
     if not (training_args.multihost or training_args.coordinator_address):
         return

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs over all devices: the mesh, what lies where, compiled steps, and the state that they update."""
+"""Programs over all devices: what lies where, gathering weights that are spread, compiled steps, the state they update."""
 
 import contextlib
+import functools
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
+from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxlm import cli, processes
@@ -19,36 +24,165 @@ logger = logging.getLogger(__name__)
 
 
 REPLICATED, PER_ROW, PER_MICRO_BATCH = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
+SMALL = 2**14  # numbers in an array; a smaller one lies on every device, whatever the flags say
 
 
-def make_mesh() -> Mesh:
-    """All devices of all processes in one row: each holds all weights and a share of the data."""
-    return Mesh(np.array(processes.devices()), ("data",))
+class Devices(NamedTuple):
+    """The devices that train together, each with a share of the rows, and of the weights too if they are spread.
+
+    Attributes:
+        mesh: all devices in one row, the axis "data".
+        spread: weights, gradients and optimizer state are divided among the devices, and a layer's weights are gathered where
+            they are used (Zhao et al. 2023, PyTorch FSDP, arXiv:2304.11277).
+    """
+
+    mesh: Mesh
+    spread: bool = False
+
+    def spec(self, shape: tuple[int, ...]) -> PartitionSpec:
+        """Where an array of weights or of their statistics lies: divided along its longest axis that all can share."""
+        size = self.mesh.size
+        axes = [axis for axis in range(len(shape)) if shape[axis] % size == 0]
+        if not (self.spread and size > 1 and axes) or math.prod(shape) < SMALL:
+            return REPLICATED
+        longest = max(axes, key=lambda axis: shape[axis])
+        return PartitionSpec(*[None] * longest, "data")
+
+    def specs(self, tree: Any) -> Any:
+        return jax.tree.map(lambda array: self.spec(array.shape), tree)
+
+    def shardings(self, tree: Any) -> Any:
+        return jax.tree.map(lambda array: NamedSharding(self.mesh, self.spec(array.shape)), tree)
+
+
+def all_devices(spread: bool = False) -> Devices:
+    """Those of all processes."""
+    return Devices(Mesh(np.array(processes.devices()), ("data",)), spread)
+
+
+def one_device() -> Devices:
+    """The first of this process, alone."""
+    return Devices(Mesh(np.array(jax.local_devices()[:1]), ("data",)))
+
+
+# ---- Weights that are spread -----------------------------------------------------------------------------------------------
+
+
+GATHERED = "gathered weights"  # what a policy of jax.checkpoint calls them
+
+
+class Part(meta.AxisMetadata, struct.PyTreeNode):
+    """A device's part of an array of weights. A model that reads it gets the whole array, gathered from all devices.
+
+    The transpose of gathering is to sum and divide: the gradient of a part is the same part of the gradient, summed over the
+    devices.
+    """
+
+    array: jax.Array
+    axis: int = struct.field(pytree_node=False)
+
+    def unbox(self) -> jax.Array:
+        """The whole array; flax calls this where a module reads a weight."""
+        return checkpoint_name(jax.lax.all_gather(self.array, "data", axis=self.axis, tiled=True), GATHERED)
+
+    def replace_boxed(self, val: jax.Array) -> "Part":
+        return self.replace(array=val)
+
+    def add_axis(self, index: int, params: Any) -> "Part":
+        raise NotImplementedError  # flax's own stacks of layers are not used
+
+    remove_axis = add_axis
+
+
+def whole(tree: Any) -> Any:
+    """The same weights with nothing divided."""
+    return meta.unbox(tree)
+
+
+def is_part(node: Any) -> bool:
+    return isinstance(node, Part)
+
+
+def sum_over_devices(tree: Any) -> Any:
+    """Sums of what each device has; gradients of divided weights are summed already."""
+    others = jax.tree.map(lambda node: None if is_part(node) else node, tree, is_leaf=is_part)
+    summed = jax.lax.psum(others, "data")
+    return jax.tree.map(lambda node, total: node if is_part(node) else total, tree, summed, is_leaf=is_part)
+
+
+def on_each_device(function: Callable, devices: Devices, batch_spec: PartitionSpec, gives_gradients: bool = False) -> Callable:
+    """function(params, batch, *rest) of whole arrays, computed on each device of its own rows.
+
+    What it returns must be the same on all devices: sums, and behind them the gradients of params if it `gives_gradients`,
+    which then lie where params do.
+    """
+
+    def run(params: Any, batch: Mapping[str, jax.Array], *rest: Any) -> Any:
+        specs = devices.specs(params)
+
+        def run_on_one(params: Any, batch: Mapping[str, jax.Array], *rest: Any) -> Any:
+            parts = jax.tree.map(lambda a, spec: Part(a, len(spec) - 1) if len(spec) else a, params, specs)
+            results = function(parts, batch, *rest)
+            if not gives_gradients:
+                return results
+            sums, grads = results
+            return sums, jax.tree.map(lambda n: n.array if is_part(n) else n, grads, is_leaf=is_part)
+
+        in_specs = (specs, batch_spec, *[REPLICATED] * len(rest))
+        out_specs = (REPLICATED, specs) if gives_gradients else REPLICATED
+        sharded = jax.shard_map(run_on_one, mesh=devices.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return sharded(params, batch, *rest)
+
+    return run
+
+
+# ---- State and steps -------------------------------------------------------------------------------------------------------
 
 
 class TrainState(NamedTuple):
-    """What an update changes; the same on every device. `step` counts completed updates (int32 scalar)."""
+    """What an update changes. `step` counts completed updates (int32 scalar)."""
 
     step: jax.Array
     params: Any
     opt_state: Any
 
 
-def create_train_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """State before the first update, on every device; it takes over the buffers of `params`, which training donates."""
+def create_train_state(params: Any, optimizer: optax.GradientTransformation, devices: Devices) -> TrainState:
+    """State before the first update; it takes over the buffers of `params`, which training donates."""
 
-    def create(params):
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    create = functools.partial(first_state, optimizer=optimizer)
+    shardings = devices.shardings(jax.eval_shape(create, params))
+    return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
 
-    return jax.jit(create, out_shardings=NamedSharding(mesh, REPLICATED), donate_argnums=0)(params)
+
+def first_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def shapes_of_state(params: Any, optimizer: optax.GradientTransformation, devices: Devices) -> TrainState:
+    """The same state without its numbers, from the shapes of weights: what lies where."""
+    shapes = jax.eval_shape(functools.partial(first_state, optimizer=optimizer), params)
+    place = lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(place, shapes, devices.shardings(shapes))
 
 
 class CompiledStep:
-    """A step as one program over all devices of the mesh, compiled once, at its first call if not before; it says so."""
+    """A step as one program over all devices, compiled once, at its first call if not before; it says so.
 
-    def __init__(self, name: str, step_fn: Callable, mesh: Mesh, in_specs: tuple, donate_argnums: tuple = ()):
-        sharded = jax.shard_map(step_fn, mesh=mesh, in_specs=in_specs, out_specs=REPLICATED, check_vma=False)
-        self.name, self.jitted, self.compiled = name, jax.jit(sharded, donate_argnums=donate_argnums), None
+    With `gives_state` its first argument is a state whose place the first result takes, wherever its parts lie.
+    """
+
+    def __init__(self, name: str, step_fn: Callable, gives_state: bool = False):
+        self.name, self.step_fn, self.gives_state, self.compiled = name, step_fn, gives_state, None
+
+    def lower(self, *args) -> jax.stages.Lowered:
+        """Trace it for arguments of these shapes and places; they need not exist."""
+        if not self.gives_state:
+            return jax.jit(self.step_fn).lower(*args)
+        shardings = jax.tree.map(lambda array: array.sharding, args[0])
+        mesh = jax.tree.leaves(shardings)[0].mesh
+        out_shardings = (shardings, NamedSharding(mesh, REPLICATED))
+        return jax.jit(self.step_fn, donate_argnums=0, out_shardings=out_shardings).lower(*args)
 
     def compile(self, *args) -> None:
         """Compile for arguments of these shapes, unless that is done."""
@@ -57,7 +191,7 @@ class CompiledStep:
         start = time.monotonic()
         logger.info("Compiling the %s step ...", self.name)
         with self.fitting():
-            self.compiled = self.jitted.lower(*args).compile()
+            self.compiled = self.lower(*args).compile()
         logger.info("Compiled the %s step in %.1f s", self.name, time.monotonic() - start)
 
     def __call__(self, *args):
@@ -76,13 +210,3 @@ class CompiledStep:
             flags = {"training": "--per_device_train_batch_size (more --gradient_accumulation_steps keep the batch)"}
             flag = flags.get(self.name, "--per_device_eval_batch_size")
             cli.fail(f"the {self.name} step does not fit into the memory of a device: lower {flag}, or the tokens per row")
-
-
-def compile_train_step(step_fn: Callable, mesh: Mesh) -> CompiledStep:
-    """step_fn(state, batch [A, ...], dropout_rng) over all devices; the new state takes the place of the old one."""
-    return CompiledStep("training", step_fn, mesh, (REPLICATED, PER_MICRO_BATCH, REPLICATED), donate_argnums=(0,))
-
-
-def compile_eval_step(step_fn: Callable, mesh: Mesh) -> CompiledStep:
-    """step_fn(params, batch) over all devices."""
-    return CompiledStep("evaluation", step_fn, mesh, (REPLICATED, PER_ROW))

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax.serialization import msgpack_serialize
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -54,28 +53,28 @@ def shapes_of(model: nn.Module) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     return flatten_dict(jax.eval_shape(lambda: init(model, jax.random.key(0))))
 
 
-def load(model: nn.Module, args: arguments.Arguments, mesh: Mesh) -> Any:
-    """The weights to start from, float32, the same on every device of the mesh."""
+def load(model: nn.Module, args: arguments.Arguments, devices: sharding.Devices) -> Any:
+    """The weights to start from, float32, on every device or spread over them; never all on one if they are spread."""
     source, found = args.model.model_name_or_path, {}
     if source:
         logger.info("Loading weights from %s", source)
         found = read(model, args.model)
         model.config.dtype = "float32"  # what is trained and saved here, whatever the checkpoint was stored in
 
-    return initialize(
-        model, randomness.device_rng(args.training.seed, "weights"), found, NamedSharding(mesh, sharding.REPLICATED)
-    )
+    return initialize(model, randomness.device_rng(args.training.seed, "weights"), found, devices)
 
 
 def initialize(
-    model: nn.Module, rng: jax.Array, found: Mapping[tuple[str, ...], np.ndarray], where: NamedSharding | None = None
+    model: nn.Module, rng: jax.Array, found: Mapping[tuple[str, ...], np.ndarray], devices: sharding.Devices
 ) -> dict[str, Any]:
     """The weights that were found, by their paths, and fresh ones for the rest, float32."""
+    shardings = devices.shardings(shapes_of(model))
 
     def complete(rng: jax.Array, found: Mapping[str, jax.Array]) -> dict[str, Any]:
         return unflatten_dict(flatten_dict(init(model, rng), sep="/") | found, sep="/")
 
-    return jax.jit(complete, out_shardings=where)(rng, {"/".join(path): array for path, array in found.items()})
+    placed = {"/".join(path): jax.device_put(array, shardings[path]) for path, array in found.items()}
+    return jax.jit(complete, out_shardings=unflatten_dict(shardings))(rng, placed)
 
 
 def from_pretrained(source: str, classes: arguments.Classes, compute: layers.Compute | None = None) -> tuple[nn.Module, Any]:

@@ -118,11 +118,11 @@ def build(implementation: str) -> layers.Compute:
 
 
 def test_what_auto_means(monkeypatch):
-    """Chunked on a CPU, where it was measured."""
+    """Chunked everywhere; cuDNN where there is a GPU."""
     assert build("auto").attention == "chunked"
     assert [build(name).attention for name in ("eager", "chunked", "xla")] == ["eager", "chunked", "xla"]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert [build(name).attention for name in ("auto", "cudnn")] == ["eager", "cudnn"]
+    assert [build(name).attention for name in ("auto", "cudnn")] == ["chunked", "cudnn"]
 
 
 def test_cudnn_needs_a_gpu(refuses):

@@ -106,6 +106,10 @@ def assert_same(found: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...],
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+# Recorded with jax 0.10; another compiler rounds otherwise.
+TOLERANCE = 1e-5 if jax.__version__.startswith("0.10.") else 2e-5
+
+
 def test_every_type_that_is_trained_has_variants():
     for kind, classes in TRAINED.items():
         for model_type, of in classes.items():
@@ -149,7 +153,7 @@ def test_old_weights_give_old_scores(key):
     case = CASES[key]
     tiny, not_ours = make_old(key, case.kind, case.config, golden.weights_by_rule(case.shapes))
     assert not not_ours
-    assert_same(scores_of(tiny, tiny.model()), tiny.scores)
+    assert_same(scores_of(tiny, tiny.model()), tiny.scores, TOLERANCE)
 
 
 @pytest.mark.parametrize("key", WRONG)

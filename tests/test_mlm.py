@@ -381,18 +381,13 @@ def test_no_scores_at_unlabelled_positions(model_type, byte_level_tokenizer):
 
 def test_no_label_in_the_batch_is_no_nan():
     """Loss 0 and unchanged weights instead of 0 / 0 (defect 28)."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    optimizer = optax.sgd(1.0)
+    devices, optimizer = sharding.all_devices(), optax.sgd(1.0)
 
     def loss_fn(params, batch, rngs):
         return (params["w"] * batch["x"]).sum() * 0.0, {"weight": batch["x"].sum()}
 
-    step = script.functools.partial(
-        script.train_step, loss_fn=loss_fn, optimizer=optimizer, learning_rate_fn=optax.constant_schedule(1.0)
-    )
-    everywhere, rows = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(None, "data")
-    p_step = sharding.CompiledStep("training", step, mesh, (everywhere, rows, everywhere))
-    state = sharding.create_train_state({"w": jnp.ones(())}, optimizer, mesh)
+    p_step, _ = script.make_steps(loss_fn, optimizer, optax.constant_schedule(1.0), devices)
+    state = sharding.create_train_state({"w": jnp.ones(())}, optimizer, devices)
     state, metrics = p_step(state, {"x": jnp.zeros((1, 4)), "stop": jnp.zeros((1, 1), jnp.int32)}, jax.random.PRNGKey(0))
     assert metrics["loss"] == 0
     assert state.params["w"] == 1

@@ -253,18 +253,14 @@ def test_every_type_trains(module, model_type, more):
     if config.model_type == "big_bird":
         assert config.attention_type == "original_full"
     batch, model = make_batch(module, config), make_model(module, config)
-    batch = {name: array[None, None] for name, array in batch.items()} | {"stop": np.zeros((1, 1, 1), np.int32)}
-    loss_fn, rng = functools.partial(module.loss_fn, model=model), jax.random.key(0, impl="rbg")
-    optimizer, learning_rate_fn = optax.adam(2e-2), optax.constant_schedule(2e-2)
-
-    def step(state, batch):
-        return module.train_step(state, batch, rng, loss_fn, optimizer, learning_rate_fn)
-
-    step = jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name="data")  # one device
-    step = jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
-    state, found = sharding.create_train_state(make_params(model), optimizer, sharding.make_mesh()), []
+    batch = {name: array[None] for name, array in batch.items()} | {"stop": np.zeros((1, 1), np.int32)}
+    loss_fn, rng, optimizer = functools.partial(module.loss_fn, model=model), jax.random.key(0, impl="rbg"), optax.adam(2e-2)
+    devices = sharding.one_device()
+    p_train_step, _ = module.make_steps(loss_fn, optimizer, optax.constant_schedule(2e-2), devices)
+    state, found = sharding.create_train_state(make_params(model), optimizer, devices), []
+    step = p_train_step.lower(state, batch, rng).compile({"xla_backend_optimization_level": 0})
     for _ in range(20):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, rng)
         found.append(float(metrics["loss"]))
     assert found[-1] < 0.8 * found[0], found
 

@@ -84,7 +84,7 @@ def arguments_for(module=script, **model_args) -> arguments.Arguments:
 
 def load(source: Path, config=None, **flags):
     config, flags = config or AutoConfig.from_pretrained(source), flags | {"model_name_or_path": str(source)}
-    return weights.load(script.MODELS[config.model_type](config), arguments_for(**flags), sharding.make_mesh())
+    return weights.load(script.MODELS[config.model_type](config), arguments_for(**flags), sharding.all_devices())
 
 
 @pytest.fixture
@@ -337,7 +337,7 @@ def test_models_that_transformers_4_saved(model_type, messages_logged):
     classes = TRAINED[saved.kind]
     config = AutoConfig.from_pretrained(saved.directory)
     args = arguments_for(model_name_or_path=str(saved.directory))
-    params = weights.load(classes[model_type](config), args, sharding.make_mesh())
+    params = weights.load(classes[model_type](config), args, sharding.all_devices())
     assert flatten_dict(params).keys() == weights.shapes_of(classes[model_type](config)).keys()
     assert messages_logged == [f"Loading weights from {saved.directory}"]
 
@@ -369,7 +369,7 @@ def test_fresh_weights_follow_the_seed(tmp_path):
     state = {k: v for k, v in layouts.to_pytorch(random_params(model)).items() if not k.startswith("cls.")}
     write_pytorch(tmp_path, model, state)
     head = load(tmp_path, model.config)["cls"]
-    fresh = weights.load(model, arguments_for(), sharding.make_mesh())["cls"]
+    fresh = weights.load(model, arguments_for(), sharding.all_devices())["cls"]
     jax.tree.map(np.testing.assert_array_equal, head, fresh)
 
 

@@ -117,15 +117,19 @@ def check(config: PretrainedConfig, implementation: str) -> None:
         cli.fail(f"--attention_implementation {implementation}: {reason}")
 
 
-def build(config: PretrainedConfig, args: arguments.Arguments, classes: arguments.Classes) -> nn.Module:
-    """The model of a configuration, computed as the flags say; it holds no weights."""
-    implementation, backend = args.training.attention_implementation, jax.default_backend()
-    if implementation == "auto":  # measured on CPUs only
-        implementation = "chunked" if backend == "cpu" else "eager"
+def build(
+    config: PretrainedConfig, args: arguments.Arguments, classes: arguments.Classes, platform: str | None = None
+) -> nn.Module:
+    """The model of a configuration, computed as the flags say on a platform, else on that at hand; it holds no weights."""
+    implementation = args.training.attention_implementation
+    backend = platform or jax.default_backend()
+    if implementation == "auto":  # of what is exact with dropout too it takes the least memory everywhere (RESULTS.md)
+        implementation = "chunked"
     if implementation == "cudnn" and backend != "gpu":
         cli.fail(f"--attention_implementation cudnn: is for NVIDIA GPUs, and JAX runs on {backend} here: use chunked")
-    # On a CPU a loop of layers is a fifth slower than the layers one by one, which compile in seconds there.
-    compute = layers.Compute(
-        jnp.dtype(args.model.dtype), implementation, remat=args.training.gradient_checkpointing, scan=backend != "cpu"
-    )
+    # A loop of layers compiles in half the time. On a CPU it is a fifth slower; for a TPU XLA is better at choosing what to
+    # keep for the backward pass where layers stand one by one, unless nothing is kept.
+    remat = args.training.gradient_checkpointing
+    scan = {"cpu": False, "tpu": remat}.get(backend, True)
+    compute = layers.Compute(jnp.dtype(args.model.dtype), implementation, remat, scan)
     return classes[config.model_type](config, compute)

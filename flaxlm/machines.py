@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Machines that a program can be compiled for, be they here or not: their devices, memory and speed."""
+
+import contextlib
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from flaxlm import cli, processes
+
+GIB = 2**30
+EXTRA = 'pip install "flaxlm[compile]", or from a clone: pip install ".[compile]"'
+
+
+class Machine(NamedTuple):
+    """Devices that are alike.
+
+    Attributes:
+        name: as --compile_for takes it.
+        devices: of jax; they need not exist.
+        memory: bytes on each that a program can have; None where nobody tells.
+        peak_flops: floating-point operations per second and device at most, by the type of activations; empty where unknown.
+        in_use: bytes of the memory that are taken before a step begins.
+    """
+
+    name: str
+    devices: list[jax.Device]
+    memory: int | None
+    peak_flops: Mapping[str, float]
+    in_use: int = 0
+
+    @property
+    def platform(self) -> str:
+        return self.devices[0].platform
+
+    @property
+    def kind(self) -> str:
+        return self.devices[0].device_kind
+
+    def mesh(self) -> Mesh:
+        return Mesh(np.array(self.devices), ("data",))
+
+
+# ---- TPUs ----------------------------------------------------------------------------------------------------------------
+
+
+class Tpu(NamedTuple):
+    """A generation. Google counts cores in the names of some (two on a chip), chips in those of others."""
+
+    topology: str  # what libtpu calls it
+    counted_per_chip: int
+    num_dimensions: int  # of the grid of chips
+    gib: float  # of a device that XLA lets a program have, as it says where one has too little
+    peak_flops: float  # of a device in bfloat16, and in float32, whose products XLA makes of bfloat16 ones by default
+    kind: str
+    options: Mapping[str, str] = {}
+
+
+MEGACORE = {"chip_config_name": "megacore"}  # the cores of a chip are one device
+TPUS = {
+    "v3": Tpu("v3", 2, 2, 15.48, 61.5e12, "TPU v3"),
+    "v4": Tpu("v4", 2, 3, 30.75, 275e12, "TPU v4", MEGACORE),
+    "v5litepod": Tpu("v5e", 1, 2, 15.75, 197e12, "TPU v5 lite"),
+    "v5p": Tpu("v5p", 2, 3, 95.73, 459e12, "TPU v5"),
+    "v6e": Tpu("v6e", 1, 2, 31.24, 918e12, "TPU v6 lite"),
+}
+
+
+def grid(num_chips: int, num_dimensions: int) -> list[int]:
+    """Sides of the most compact grid of chips, a power of two each, shortest first."""
+    sides, power = [1] * num_dimensions, num_chips.bit_length() - 1
+    for i in range(power):
+        sides[-1 - i % num_dimensions] *= 2
+    return sides if num_dimensions == 2 or num_chips > 4 else sides[::-1]
+
+
+def find_tpu(generation: str, size: int) -> Machine:
+    name, tpu = f"{generation}-{size}", TPUS[generation]
+    num_chips = size // tpu.counted_per_chip
+    if size % tpu.counted_per_chip or num_chips < 1 or num_chips & (num_chips - 1):
+        cli.fail(f"--compile_for {name}: no such size; a power of two, as {generation}-8 and {generation}-32")
+    need("libtpu", name)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", name)
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another program may be compiling too
+    topology = f"{tpu.topology}:{'x'.join(map(str, grid(num_chips, tpu.num_dimensions)))}"
+    devices = describe(name, platform="tpu", topology_name=topology, **tpu.options)
+    peaks = {"float32": tpu.peak_flops, "bfloat16": tpu.peak_flops}
+    return Machine(name, devices, int(tpu.gib * GIB), peaks)
+
+
+# ---- GPUs ----------------------------------------------------------------------------------------------------------------
+
+
+class Gpu(NamedTuple):
+    """A card, as XLA asks about it."""
+
+    kind: str
+    capability: str
+    num_cores: int
+    fpus_per_core: int
+    clock_ghz: float
+    memory: int
+    bandwidth: float  # bytes per second
+    l2_cache: int
+    shared_memory: int  # bytes of a core
+    peak_flops: float  # in bfloat16, without sparsity; in float32, by TF32 as is XLA's default, half of that
+
+
+GPUS = {
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", "major: 8", 108, 64, 1.41, 84_974_239_744, 2.039e12, 41_943_040, 167_936, 312e12),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", "major: 9", 132, 128, 1.98, 84_978_434_048, 3.352e12, 52_428_800, 233_472, 989e12),
+    "h200": Gpu("NVIDIA H200", "major: 9", 132, 128, 1.98, 150_110_011_392, 4.8e12, 52_428_800, 233_472, 989e12),
+}
+TARGET = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared_memory} shared_memory_per_block_optin: {optin}
+  core_count: {num_cores} fpus_per_core: {fpus_per_core} clock_rate_ghz: {clock_ghz}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth:.0f} l2_cache_size: {l2_cache} device_memory_size: {memory}
+  cuda_compute_capability {{ {capability} }} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 3 }}
+device_description_str: "{kind}"
+"""
+CARDS_PER_HOST = 8
+
+
+def find_gpu(card: str, num_cards: int) -> Machine:
+    name, gpu = f"{card}:{num_cards}", GPUS[card]
+    num_hosts = -(-num_cards // CARDS_PER_HOST)
+    if num_cards < 1 or num_cards % num_hosts:
+        cli.fail(f"--compile_for {name}: no such number of cards; up to {CARDS_PER_HOST}, or a multiple of that")
+    need("jax_cuda12_plugin", name)
+    config = TARGET.format(optin=gpu.shared_memory - 1024, **gpu._asdict())
+    shape = f"1x{num_hosts}x{num_cards // num_hosts}"
+    devices = describe(name, platform="cuda", topology_name=card, topology=shape, target_config=config)
+    memory = int(gpu.memory * share_of_gpu())
+    return Machine(name, devices, memory, {"float32": gpu.peak_flops / 2, "bfloat16": gpu.peak_flops})
+
+
+def share_of_gpu() -> float:
+    """How much of a card's memory jax takes: three quarters unless told otherwise."""
+    with contextlib.suppress(ValueError):
+        return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", ""))
+    return 0.75
+
+
+# ---- Any -----------------------------------------------------------------------------------------------------------------
+
+
+def find(name: str) -> Machine:
+    """The machine that --compile_for names."""
+    if name == "this":
+        return this()
+    if (match := re.fullmatch(r"(\w+)-(\d+)", name)) and match[1] in TPUS:
+        return find_tpu(match[1], int(match[2]))
+    if (match := re.fullmatch(r"(\w+)(?::(\d+))?", name)) and match[1] in GPUS:
+        return find_gpu(match[1], int(match[2] or 1))
+    tpus, gpus = ", ".join(f"{name}-8" for name in TPUS), ", ".join(GPUS)
+    cli.fail(f"--compile_for {name}: unknown; TPUs: {tpus} and other sizes; GPUs: {gpus}, :8 for eight; this: the one here")
+
+
+def this() -> Machine:
+    """The one at hand, with what is known of it."""
+    devices = processes.devices()
+    kind, stats = devices[0].device_kind, devices[0].memory_stats() or {}
+    if devices[0].platform == "cpu":
+        memory, in_use = memory_of_cpu()
+        return Machine("this", devices, memory and memory // len(devices), {}, in_use // len(devices))
+    peaks = {tpu.kind: (tpu.peak_flops, tpu.peak_flops) for tpu in TPUS.values()}
+    peaks |= {gpu.kind: (gpu.peak_flops / 2, gpu.peak_flops) for gpu in GPUS.values()}
+    peak = dict(zip(("float32", "bfloat16"), peaks[kind], strict=True)) if kind in peaks else {}
+    return Machine("this", devices, stats.get("bytes_limit"), peak)
+
+
+def memory_of_cpu() -> tuple[int | None, int]:
+    """Bytes that the machine has, and that this process holds of them; where the system does not tell, None and 0."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError, ValueError):
+        return None, 0
+
+
+def need(package: str, name: str) -> None:
+    """Refuse a machine whose compiler is not installed."""
+    if not importlib.util.find_spec(package):
+        cli.fail(f"--compile_for {name}: needs the compiler, which comes with {package}; {EXTRA}")
+
+
+def describe(name: str, **options: str) -> list[jax.Device]:
+    """The devices of a machine that is not here."""
+    jax.devices()  # so that plugins are found
+    try:
+        return list(topologies.get_topology_desc(**options).devices)
+    except Exception as error:  # whatever the compilers make of it
+        cli.fail(f"--compile_for {name}: {cli.first_line(error)}")
