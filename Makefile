@@ -8,7 +8,7 @@ BUILD := quickstart/build
 # Large arrays in huge pages: on Linux CPUs a training step spends up to a third of its time on page faults without.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: quickstart quickstart-clm quickstart-t5 quickstart-bart quickstart-nsp test test-torch test-oldest test-faults bench bench-vocab-head bench-host-pipeline bench-preprocessing bench-first-step style check-style clean
+.PHONY: quickstart quickstart-clm quickstart-t5 quickstart-bart quickstart-nsp test test-torch test-oldest test-compile test-faults bench bench-compile bench-vocab-head bench-host-pipeline bench-preprocessing bench-first-step style check-style clean
 
 $(VENV)/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -72,6 +72,16 @@ $(OLDEST)/development: requirements.txt requirements-dev.txt
 test-oldest: $(OLDEST)/development
 	$(OLDEST)/bin/python -m pytest tests/test_scripts.py tests/test_nsp.py -k golden
 
+## test-compile: the steps of all scripts, compiled for a TPU and a GPU that are not here
+$(VENV)/compilers: pyproject.toml $(VENV)/development
+	@echo "Installing compilers for TPUs and GPUs, about 1 GB ..."
+	$(RUN) -m pip install --quiet --disable-pip-version-check ".[compile]"
+	$(RUN) -m pip uninstall --quiet --yes flaxlm
+	@touch $@
+
+test-compile: $(VENV)/compilers
+	$(RUN) -m pytest -m compile
+
 ## test-faults: kill training twenty times at random moments; takes minutes
 test-faults: $(VENV)/development
 	$(RUN) -m pytest -m faults
@@ -80,6 +90,12 @@ test-faults: $(VENV)/development
 bench: $(VENV)/torch
 	for objective in mlm clm t5 bart nsp; do \
 		$(RUN) benchmarks/throughput.py --objective $$objective --peer torch --precision float32 bfloat16 --peer_precision float32 bfloat16 || exit; done
+
+## bench-compile: what the original commands take of a TPU v3-8, and larger models of several machines; half an hour
+bench-compile: $(VENV)/compilers
+	$(RUN) benchmarks/compile_table.py --machines v3-8
+	$(RUN) benchmarks/compile_table.py --machines v3-8 h100 -- --dtype bfloat16
+	$(RUN) benchmarks/compile_table.py --models llama-1.1b llama-7b --machines v3-8 v5litepod-8 v5p-8 h100:8
 
 ## bench-vocab-head: training steps against ones with scores for all tokens and the whole vocabulary
 bench-vocab-head: $(VENV)/runtime

@@ -164,20 +164,20 @@ def chunked_attention_fwd(query, key, value, visible, bias, keep, softcap: float
         sums = exponentials.sum(-1, keepdims=True)
         weights = exponentials / sums if keep is None else exponentials / sums * keep
         output = jnp.einsum("mts,sme->tme", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-        return None, (output.astype(value.dtype), highest, sums)
+        return None, (output.astype(value.dtype), (highest + jnp.log(sums))[..., 0])
 
     inputs = query, key, value, visible
     _, outputs = map_rows(attend_row, rows_at_a_time(query, key), None, inputs)
-    output, highest, sums = (checkpoint_name(array, layers.KEPT) for array in outputs)
-    return output, (inputs, bias, keep, output, highest, sums)
+    output, log_sums = (checkpoint_name(array, layers.KEPT) for array in outputs)
+    return output, (inputs, bias, keep, output, log_sums)
 
 
 def chunked_attention_bwd(softcap: float | None, residuals: tuple, cotangent: jax.Array) -> tuple:
-    inputs, bias, keep, *softmax = residuals
+    inputs, bias, keep, output, log_sums = residuals
 
-    def row_bwd(query, key, value, visible, output, highest, sums, cotangent):
+    def row_bwd(query, key, value, visible, output, log_sums, cotangent):
         scores = scores_of_row(query, key, visible, bias, softcap)
-        probabilities = jnp.exp(scores - highest) / sums
+        probabilities = jnp.exp(scores - log_sums[..., None])
         weights_grad = jnp.einsum("tme,sme->mts", cotangent, value, preferred_element_type=jnp.float32)
         weights = probabilities
         if keep is not None:
@@ -201,7 +201,7 @@ def chunked_attention_bwd(softcap: float | None, residuals: tuple, cotangent: ja
 
     query, key = inputs[:2]
     sums = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-    sums, grads = map_rows(row_bwd, rows_at_a_time(query, key), sums, (*inputs, *softmax, cotangent))
+    sums, grads = map_rows(row_bwd, rows_at_a_time(query, key), sums, (*inputs, output, log_sums, cotangent))
     return *grads, None, None if bias is None else sums.astype(bias.dtype), None
 
 

@@ -171,8 +171,8 @@ def compile_steps(
         evaluation = bytes_of(p_eval_step, machine, state.params, shapes_of_batch(script.collator, rows, devices))
     return Estimate(
         rows=args.training.per_device_train_batch_size,
-        weights=bytes_per_device(state.params),
-        optimizer=bytes_per_device(state.opt_state),
+        weights=bytes_of_state(state.params),
+        optimizer=bytes_of_state(state.opt_state),
         training=training,
         evaluation=evaluation,
         in_use=machine.in_use,
@@ -186,7 +186,7 @@ def bytes_of(step: sharding.CompiledStep, machine: machines.Machine, *shapes: An
     logger.info("Compiling the %s step for %s ...", step.name, machine.name)
     begun = time.monotonic()
     try:
-        memory = step.lower(*shapes).compile().memory_analysis()
+        memory = step.lower(*shapes).compile(dict(machine.compiler_options) or None).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -232,10 +232,9 @@ def shapes_of_batch(
     }
 
 
-def bytes_per_device(tree: Any) -> int:
-    """Of arrays that lie on all devices, spread or not."""
-    shards = ((array.sharding.shard_shape(array.shape), array.dtype) for array in jax.tree.leaves(tree))
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
+def bytes_of_state(tree: Any) -> int:
+    """Of shapes that say where they lie."""
+    return sharding.bytes_per_device(tree, jax.tree.map(lambda shape: shape.sharding, tree))
 
 
 def count_flops(args: arguments.Arguments, script: Script) -> tuple[float, int]:

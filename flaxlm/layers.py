@@ -19,6 +19,7 @@ class Compute(NamedTuple):
     attention: str = "eager"  # implementation, see attention.Attention
     remat: bool = False  # layers are computed again in the backward pass, instead of keeping their activations
     scan: bool = False  # one program for all layers of a stack: it compiles faster, but moves weights and activations
+    lean: bool = False  # layers keep only what they name for the backward pass, see `remember`
 
 
 def platform() -> str:
@@ -113,8 +114,29 @@ def dropout(inputs: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 # ---- Modules -----------------------------------------------------------------------------------------------------------
 
 
+@jax.custom_vjp
+def gelu_from_input(inputs: jax.Array) -> jax.Array:
+    """GELU by the error function, whose backward pass begins with the inputs anew instead of keeping two arrays as large."""
+    return nn.gelu(inputs, approximate=False)
+
+
+def gelu_from_input_bwd(inputs: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    inputs = jax.lax.optimization_barrier(inputs)  # else XLA finds what the forward pass had, and keeps that
+    return jax.vjp(functools.partial(nn.gelu, approximate=False), inputs)[1](cotangent)
+
+
+gelu_from_input.defvjp(lambda inputs: (gelu_from_input(inputs), inputs), gelu_from_input_bwd)
+
+
+def gelu(inputs: jax.Array) -> jax.Array:
+    """x Phi(x) (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+    if platform() == "tpu" and inputs.dtype == jnp.bfloat16:  # in float32 XLA computes more than that again by itself
+        return gelu_from_input(inputs)
+    return nn.gelu(inputs, approximate=False)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_new": nn.gelu,
     "gelu_fast": nn.gelu,
     "gelu_pytorch_tanh": nn.gelu,
@@ -236,23 +258,27 @@ class Layers(nn.Module):
         return jax.lax.scan(body, hidden, (stacked, rest, None if rngs[0] is None else rngs[one_by_one:]))[0]
 
 
-KEPT = "kept for the backward pass"  # what a policy of jax.checkpoint calls it
+# What policies of jax.checkpoint call results that are worth keeping for the backward pass:
+KEPT = "attention"  # always
+FED = "feed-forward"  # by `lean` layers
 
 
 def remember(function: Callable, compute: Compute, params: Any, prevent_cse: bool = True) -> Callable:
-    """A layer, and what its backward pass finds of it: all activations, or with `remat` none; never its gathered weights.
+    """A layer, and what its backward pass finds of it: all activations, with `remat` those that are named KEPT.
 
-    On a GPU products of matrices only, and what `KEPT` names: the rest is soon computed again, and would take a third to a
-    half of the memory. XLA for TPUs finds that out by itself, and better.
+    With `lean` also those that are named FED. Weights that were gathered are gathered again. On a GPU it finds products of
+    matrices, and what is named KEPT: the rest is soon computed again, and would take a third to a half of the memory. For
+    TPUs XLA sees to that, and better.
     """
     policies = jax.checkpoint_policies
-    if compute.remat:
-        return jax.checkpoint(function, prevent_cse=prevent_cse)
-    if platform() == "gpu":
-        policy = policies.save_from_both_policies(policies.dots_saveable, policies.save_only_these_names(KEPT))
-    elif any(map(sharding.is_part, jax.tree.leaves(params, is_leaf=sharding.is_part))):
+    policy = policies.save_only_these_names(KEPT)
+    if not compute.remat and platform() == "gpu":
+        policy = policies.save_from_both_policies(policies.dots_saveable, policy)
+    elif not compute.remat and compute.lean:
+        policy = policies.save_only_these_names(KEPT, FED)
+    elif not compute.remat and any(map(sharding.is_part, jax.tree.leaves(params, is_leaf=sharding.is_part))):
         policy = policies.save_anything_except_these_names(sharding.GATHERED)
-    else:
+    elif not compute.remat:
         return function
     return jax.checkpoint(function, prevent_cse=prevent_cse, policy=policy)
 

@@ -29,6 +29,7 @@ class Machine(NamedTuple):
         memory: bytes on each that a program can have; None where nobody tells.
         peak_flops: floating-point operations per second and device at most, by the type of activations; empty where unknown.
         in_use: bytes of the memory that are taken before a step begins.
+        compiler_options: what XLA must be told in order to compile for it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Machine(NamedTuple):
     memory: int | None
     peak_flops: Mapping[str, float]
     in_use: int = 0
+    compiler_options: Mapping[str, bool] = {}
 
     @property
     def platform(self) -> str:
@@ -140,14 +142,17 @@ CARDS_PER_HOST = 8
 def find_gpu(card: str, num_cards: int) -> Machine:
     name, gpu = f"{card}:{num_cards}", GPUS[card]
     num_hosts = -(-num_cards // CARDS_PER_HOST)
-    if num_cards < 1 or num_cards % num_hosts:
+    if num_cards < 1 or (num_hosts > 1 and num_cards % CARDS_PER_HOST):
         cli.fail(f"--compile_for {name}: no such number of cards; up to {CARDS_PER_HOST}, or a multiple of that")
     need("jax_cuda12_plugin", name)
     config = TARGET.format(optin=gpu.shared_memory - 1024, **gpu._asdict())
     shape = f"1x{num_hosts}x{num_cards // num_hosts}"
     devices = describe(name, platform="cuda", topology_name=card, topology=shape, target_config=config)
     memory = int(gpu.memory * share_of_gpu())
-    return Machine(name, devices, memory, {"float32": gpu.peak_flops / 2, "bfloat16": gpu.peak_flops})
+    # XLA finds the tiles of Triton's products by trying them on a card, and some shapes have no others.
+    options = {"xla_gpu_enable_triton_gemm": False}
+    peaks = {"float32": gpu.peak_flops / 2, "bfloat16": gpu.peak_flops}
+    return Machine(name, devices, memory, peaks, compiler_options=options)
 
 
 def share_of_gpu() -> float:

@@ -151,8 +151,22 @@ def create_train_state(params: Any, optimizer: optax.GradientTransformation, dev
     """State before the first update; it takes over the buffers of `params`, which training donates."""
 
     create = functools.partial(first_state, optimizer=optimizer)
-    shardings = devices.shardings(jax.eval_shape(create, params))
+    shapes = jax.eval_shape(create, params)
+    shardings = devices.shardings(shapes)
+    if devices.spread:
+        spread, all_of_it = (bytes_per_device(shapes, of) / 2**20 for of in (shardings, None))
+        line = "Weights and optimizer state: %.1f MiB on each device instead of %.1f MiB"
+        logger.info(line + ("; one device has nobody to share with" if devices.mesh.size == 1 else ""), spread, all_of_it)
     return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def bytes_per_device(tree: Any, shardings: Any = None) -> int:
+    """Of arrays, or their shapes, if they lie like that; without `shardings`, if all of them lie on each device."""
+    shapes = jax.tree.leaves(tree)
+    parts = [s.shape for s in shapes]
+    if shardings is not None:
+        parts = [of.shard_shape(s.shape) for s, of in zip(shapes, jax.tree.leaves(shardings), strict=True)]
+    return sum(math.prod(part) * s.dtype.itemsize for part, s in zip(parts, shapes, strict=True))
 
 
 def first_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:

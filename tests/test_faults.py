@@ -70,11 +70,14 @@ def kill_and_resume_until_done(flags: list, output_dir: Path, stderr: Path, rng:
 
 
 STREAM = ["--streaming", "--shuffle_buffer_size", 50, "--num_eval_samples", 20]
+WIDER = "num_hidden_layers=1,hidden_size=128,intermediate_size=256,hidden_dropout_prob=0.1"
+SPREAD = ["--fsdp", "--per_device_train_batch_size", 1, "--config_overrides", WIDER]  # over four devices
 
 
-@pytest.mark.parametrize("more_flags", [[], STREAM], ids=["rows on disk", "stream"])
-def test_killed_twenty_times(more_flags, roberta_dir, corpus, tmp_path):
+@pytest.mark.parametrize("more_flags", [[], STREAM, SPREAD], ids=["rows on disk", "stream", "spread"])
+def test_killed_twenty_times(more_flags, roberta_dir, corpus, tmp_path, monkeypatch):
     """Weights, optimizer state and all logged values equal those of a run that nobody disturbed, bit for bit."""
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={4 if more_flags is SPREAD else 1}")
     flags = ["--config_name", roberta_dir, "--tokenizer_name", roberta_dir, "--train_file", corpus, *FLAGS, *more_flags]
     seed = int(os.environ.get("FAULTS_SEED", 0))
     num_half_written = kill_and_resume_until_done(flags, tmp_path / "killed", tmp_path / "stderr.txt", random.Random(seed))

@@ -142,6 +142,26 @@ def test_stopped_by_a_signal_to_one_process_goes_on_exactly(together, start, cor
     assert_same_run(tmp_path / "stopped", together[0])
 
 
+def test_a_model_spread_over_two_processes(start, roberta_dir, corpus, tmp_path):
+    """--fsdp: what one process gives that has all of it; saved whole by process 0; and stopped and resumed exactly."""
+    flags = ["--train_file", corpus, "--config_overrides", "hidden_size=128,intermediate_size=256"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    ended = end_of(*start(whole, *flags, "--fsdp"))
+    assert ended.statuses == [0, 0], "\n".join(ended.logs)
+    assert "MiB on each device instead of" in ended.logs[0]
+    batch = ["--per_device_train_batch_size", 8, "--per_device_eval_batch_size", 8]
+    run(tmp_path / "alone", roberta_dir, *flags, *FLAGS, *batch)
+    one, two = read_events(tmp_path / "alone"), read_events(whole)
+    for tag in TAGS:
+        assert [value for _, value in one[tag]] == pytest.approx([value for _, value in two[tag]], rel=1e-5)
+    one, two = (load_file(path / "model.safetensors") for path in (tmp_path / "alone", whole))
+    for key in one:
+        np.testing.assert_allclose(one[key], two[key], atol=2e-5, err_msg=key)
+
+    stop_and_resume(start, stopped, *flags, "--fsdp")
+    assert_same_run(stopped, whole)
+
+
 def test_stream_stopped_by_a_signal_to_one_process_goes_on_exactly(start, texts, tmp_path):
     """The same where each process reads texts of its own."""
     data = tmp_path / "some.txt"

@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from transformers import BartConfig
 
 from flaxlm import attention, layers, positions
@@ -84,9 +85,9 @@ class BartLayer(nn.Module):
         config, dtype = self.config, self.compute.dtype
         init = nn.initializers.normal(config.init_std)
         ffn_dim = getattr(config, f"{self.side}_ffn_dim")
-        hidden_BTF = layers.Dense(ffn_dim, dtype, kernel_init=init, name="fc1")(hidden_BTH)
+        hidden_BTF = checkpoint_name(layers.Dense(ffn_dim, dtype, kernel_init=init, name="fc1")(hidden_BTH), layers.FED)
         hidden_BTF = layers.Dropout(config.activation_dropout)(layers.ACTIVATIONS[config.activation_function](hidden_BTF))
-        return layers.Dense(config.d_model, dtype, kernel_init=init, name="fc2")(hidden_BTF)
+        return checkpoint_name(layers.Dense(config.d_model, dtype, kernel_init=init, name="fc2")(hidden_BTF), layers.FED)
 
 
 class BartStack(nn.Module):
