@@ -81,7 +81,7 @@ CASES = {
 ORIGINALS = ("roberta-base", "gpt2", "t5-v1_1-base", "bart-base")
 
 
-# The script as a program, without looking for the largest batch.
+# A script as a program that does not look for the largest batch.
 RUN = """
 import importlib, sys
 sys.path.insert(0, {root!r})
@@ -90,6 +90,11 @@ estimates.PATIENCE = 0.0
 script = importlib.import_module({script!r})
 cli.end(cli.run(script.main, script.__file__))
 """
+
+
+def program(script: str) -> list[str]:
+    """The beginning of a command line."""
+    return [sys.executable, "-c", RUN.format(root=str(ROOT), script=script.removesuffix(".py"))]
 
 
 def make_model_dir(case: Case, directory: Path) -> None:
@@ -111,8 +116,7 @@ def compile_case(case: Case, machine: str, more: list[str]) -> dict | str:
     """What the script says of a machine, or the line that it ends with."""
     with tempfile.TemporaryDirectory() as directory:
         make_model_dir(case, Path(directory))
-        program = RUN.format(root=str(ROOT), script=case.script.removesuffix(".py"))
-        command = [sys.executable, "-c", program, "--config_name", directory, "--tokenizer_name", directory]
+        command = [*program(case.script), "--config_name", directory, "--tokenizer_name", directory]
         command += ["--output_dir", f"{directory}/out", *case.flags.split(), "--compile_for", machine, "--json", *more]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode not in (0, 1) or not done.stdout:
