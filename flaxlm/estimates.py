@@ -60,17 +60,18 @@ class Estimate(NamedTuple):
     optimizer: int
     training: int | None
     evaluation: int | None  # None too if it was not compiled
-    in_use: int  # before
+    saving: int  # by a save, while the next steps run
+    in_use: int  # by the program itself, where it shares the memory
     limit: int | None
     seconds: float  # of compiling
 
     @property
     def peak(self) -> int | None:
-        """While a step runs and the copy of the weights is written that the step before has made."""
+        """While a step runs and what the step before has made is being saved."""
         if self.training is None:
             return None
         evaluation = (self.evaluation or 0) + self.optimizer
-        return max(self.training, evaluation) + self.weights + self.in_use
+        return max(self.training, evaluation) + self.saving + self.in_use
 
     @property
     def fits(self) -> bool:
@@ -130,7 +131,8 @@ def describe(args: arguments.Arguments, script: Script, machine: machines.Machin
         "gradient_accumulation_steps": args.training.gradient_accumulation_steps,
         "tokens_per_row": script.collator.row_length,
         "bytes": {
-            "weights": estimate.weights, "optimizer": estimate.optimizer, "in_use_before": estimate.in_use,
+            "weights": estimate.weights, "optimizer": estimate.optimizer, "program": estimate.in_use,
+            "save": estimate.saving,
             "activations": estimate.training and estimate.training - estimate.weights - estimate.optimizer,
             "training_step": estimate.training, "evaluation_step": estimate.evaluation, "peak": estimate.peak,
         },
@@ -175,7 +177,8 @@ def compile_steps(
         optimizer=bytes_of_state(state.opt_state),
         training=training,
         evaluation=evaluation,
-        in_use=machine.in_use,
+        saving=bytes_of_save(state, machine),
+        in_use=machine.in_use(),
         limit=machine.memory,
         seconds=time.monotonic() - begun,
     )
@@ -232,6 +235,15 @@ def shapes_of_batch(
     }
 
 
+def bytes_of_save(state: sharding.TrainState, machine: machines.Machine) -> int:
+    """A copy of the weights on the devices. On a CPU all else of a save lies in the same memory.
+
+    That is: the weights again, once in each layout of files, and the state twice, as orbax holds it and as it writes it.
+    """
+    copy_of_weights = bytes_of_state(state.params)
+    return copy_of_weights if machine.platform != "cpu" else 2 * copy_of_weights + 2 * bytes_of_state(state)
+
+
 def bytes_of_state(tree: Any) -> int:
     """Of shapes that say where they lie."""
     return sharding.bytes_per_device(tree, jax.tree.map(lambda shape: shape.sharding, tree))
@@ -276,7 +288,7 @@ def find_largest(
     if first.training:
         fixed = first.weights + first.optimizer
         per_row = (first.training - fixed) / first.rows
-        rows = power_of_two(max((machine.memory - first.in_use - first.weights - fixed) / per_row, 1))
+        rows = power_of_two(max((machine.memory - first.in_use - first.saving - fixed) / per_row, 1))
     while True:
         if rows not in known:
             if time.monotonic() - begun > PATIENCE:
@@ -352,14 +364,15 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         f"{machine['name']}: {machine['devices']} x {machine['kind']}{has}; {rows} rows of {length} tokens per device{micro}",
         "",
         "on each device",
-        f"  weights                      {gib(size['weights']):>10}, and a copy while they are saved",
+        f"  weights                      {gib(size['weights']):>10}",
         f"  optimizer                    {gib(size['optimizer']):>10}",
         f"  gradients, activations       {gib(size['activations']):>10}",
         f"  training step, all of these  {gib(size['training_step']):>10}",
         f"  evaluation step              {gib(size['evaluation_step']):>10}, beside the optimizer",
+        f"  a save, in the background    {gib(size['save']):>10}",
     ]
-    if size["in_use_before"]:
-        text.append(f"  Python and its libraries     {gib(size['in_use_before']):>10}")
+    if size["program"]:
+        text.append(f"  Python and its libraries     {gib(size['program']):>10}")
     of = f" of {gib(machine['bytes'])}: it {'fits' if found['fits'] else 'does not fit'}" if machine["bytes"] else ""
     text += [f"  at most                      {gib(size['peak']):>10}{of}", ""]
     if machine["kind"].startswith("NVIDIA") and machine["name"] != "this":

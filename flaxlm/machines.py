@@ -28,7 +28,6 @@ class Machine(NamedTuple):
         devices: of jax; they need not exist.
         memory: bytes on each that a program can have; None where nobody tells.
         peak_flops: floating-point operations per second and device at most, by the type of activations; empty where unknown.
-        in_use: bytes of the memory that are taken before a step begins.
         compiler_options: what XLA must be told in order to compile for it.
     """
 
@@ -36,7 +35,6 @@ class Machine(NamedTuple):
     devices: list[jax.Device]
     memory: int | None
     peak_flops: Mapping[str, float]
-    in_use: int = 0
     compiler_options: Mapping[str, bool] = {}
 
     @property
@@ -46,6 +44,10 @@ class Machine(NamedTuple):
     @property
     def kind(self) -> str:
         return self.devices[0].device_kind
+
+    def in_use(self) -> int:
+        """Bytes of a device's memory that this program has by now, where they share it."""
+        return memory_of_cpu()[1] // len(self.devices) if self.platform == "cpu" else 0
 
     def mesh(self) -> Mesh:
         return Mesh(np.array(self.devices), ("data",))
@@ -182,8 +184,8 @@ def this() -> Machine:
     devices = processes.devices()
     kind, stats = devices[0].device_kind, devices[0].memory_stats() or {}
     if devices[0].platform == "cpu":
-        memory, in_use = memory_of_cpu()
-        return Machine("this", devices, memory and memory // len(devices), {}, in_use // len(devices))
+        memory, _ = memory_of_cpu()
+        return Machine("this", devices, memory and memory // len(devices), {})
     peaks = {tpu.kind: (tpu.peak_flops, tpu.peak_flops) for tpu in TPUS.values()}
     peaks |= {gpu.kind: (gpu.peak_flops / 2, gpu.peak_flops) for gpu in GPUS.values()}
     peak = dict(zip(("float32", "bfloat16"), peaks[kind], strict=True)) if kind in peaks else {}

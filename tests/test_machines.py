@@ -25,7 +25,7 @@ def test_this_one():
     assert machine.devices == jax.devices()
     assert machine.platform == "cpu"
     assert 2**30 < machine.memory < 2**45
-    assert 2**26 < machine.in_use < machine.memory
+    assert 2**26 < machine.in_use() < machine.memory
     assert not machine.peak_flops
 
 
