@@ -302,45 +302,39 @@ def find_largest(
         rows = rows * 2 if known[rows] else rows // 2
 
 
-def remedies(args: arguments.Arguments, num_devices: int) -> dict[str, arguments.Arguments]:
+Change = Callable[[arguments.Arguments], arguments.Arguments]
+
+
+def remedies(args: arguments.Arguments, num_devices: int) -> dict[str, Change]:
     """Ways to need less memory, by what one would type, that are not taken already."""
     training, found = args.training, {}
     if training.attention_implementation not in ("auto", "chunked"):
-        found["--attention_implementation chunked"] = with_training(args, attention_implementation="chunked")
+        found["--attention_implementation chunked"] = lambda args: with_training(args, attention_implementation="chunked")
     if args.model.dtype == "float32":
-        found["--dtype bfloat16"] = args._replace(model=dataclasses.replace(args.model, dtype="bfloat16"))
+        found["--dtype bfloat16"] = lambda args: args._replace(model=dataclasses.replace(args.model, dtype="bfloat16"))
     if num_devices > 1 and not training.fsdp:
-        found["--fsdp"] = with_training(args, fsdp=True)
+        found["--fsdp"] = lambda args: with_training(args, fsdp=True)
     if training.per_device_train_batch_size % 2 == 0:
         rows, steps = training.per_device_train_batch_size // 2, 2 * training.gradient_accumulation_steps
-        flags = f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {steps}"
-        found[flags] = with_training(args, per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
+        halved = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+        found[" ".join(f"--{name} {value}" for name, value in halved.items())] = lambda args: with_training(args, **halved)
     if not training.gradient_checkpointing:
-        found["--gradient_checkpointing"] = with_training(args, gradient_checkpointing=True)
+        found["--gradient_checkpointing"] = lambda args: with_training(args, gradient_checkpointing=True)
     return found
 
 
 def try_remedies(args: arguments.Arguments, script: Script, machine: machines.Machine, begun: float) -> dict[str, Estimate]:
     """What each gives alone, and if none is enough all together, as far as time allows."""
-    tried, together = {}, args
-    for flags, changed in remedies(args, len(machine.devices)).items():
-        together = merged(together, args, changed)
+    changes, tried = remedies(args, len(machine.devices)), {}
+    for flags, change in changes.items():
         if time.monotonic() - begun < PATIENCE:
             logger.info("Would it fit with %s?", flags)
-            tried[flags] = compile_steps(changed, script, machine)
+            tried[flags] = compile_steps(change(args), script, machine)
     if len(tried) > 1 and not any(one.fits for one in tried.values()) and time.monotonic() - begun < PATIENCE:
         logger.info("Would it fit with all of that?")
-        tried[" ".join(remedies(args, len(machine.devices)))] = compile_steps(together, script, machine)
+        everything = functools.reduce(lambda args, change: change(args), changes.values(), args)
+        tried[" ".join(changes)] = compile_steps(everything, script, machine)
     return tried
-
-
-def merged(total: arguments.Arguments, before: arguments.Arguments, after: arguments.Arguments) -> arguments.Arguments:
-    """`total` with what differs between the other two."""
-    parts = []
-    for part, old, new in zip(total, before, after, strict=True):
-        values = vars(new)
-        parts.append(dataclasses.replace(part, **{name: v for name, v in values.items() if v != getattr(old, name)}))
-    return arguments.Arguments(*parts)
 
 
 # ---- Words ---------------------------------------------------------------------------------------------------------------

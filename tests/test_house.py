@@ -94,8 +94,10 @@ def source_of(path: Path, name: str) -> str:
 
 # What the training scripts have in common by text, and who has a text of their own, for a reason.
 SHARED = {
-    "train_step": {"run_pretraining_flax.py"},  # two losses, each divided by a number of its own
+    "sum_gradients": {"run_pretraining_flax.py"},  # two losses, each divided by a number of its own
+    "train_step": {"run_pretraining_flax.py"},
     "eval_step": set(),
+    "make_steps": set(),
     "main": set(),
 }
 
