@@ -130,7 +130,8 @@ gelu_from_input.defvjp(lambda inputs: (gelu_from_input(inputs), inputs), gelu_fr
 
 def gelu(inputs: jax.Array) -> jax.Array:
     """x Phi(x) (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
-    if platform() == "tpu" and inputs.dtype == jnp.bfloat16:  # in float32 XLA computes more than that again by itself
+    # In float32 XLA computes more than that again by itself. Asked last: shapes are made before any device may be touched.
+    if inputs.dtype == jnp.bfloat16 and platform() == "tpu":
         return gelu_from_input(inputs)
     return nn.gelu(inputs, approximate=False)
 
