@@ -13,6 +13,7 @@ import pytest
 import run_mlm_flax as script
 from flaxlm import outputs
 from tests.test_checkpoints import outcome
+from tests.test_streams import assert_same_run
 
 pytestmark = pytest.mark.faults
 
@@ -83,4 +84,7 @@ def test_killed_twenty_times(more_flags, roberta_dir, corpus, tmp_path, monkeypa
     num_half_written = kill_and_resume_until_done(flags, tmp_path / "killed", tmp_path / "stderr.txt", random.Random(seed))
     assert num_half_written > 0
     assert start(flags, tmp_path / "undisturbed", tmp_path / "stderr.txt").wait() == 0
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
+    if more_flags is SPREAD:  # its state cannot be read in this process, which has one device
+        assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")
+    else:
+        assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
