@@ -104,9 +104,8 @@ def describe(args: arguments.Arguments, script: Script, machine: machines.Machin
     """All that `report` prints; bytes and seconds."""
     begun = time.monotonic()
     estimate = compile_steps(args, script, machine, with_evaluation=True)
-    largest, tried = find_largest(args, script, machine, estimate, begun), {}
-    if not estimate.fits:
-        tried = try_remedies(args, script, machine, begun)
+    tried = {} if estimate.fits else try_remedies(args, script, machine, begun)  # first, should time be short
+    largest = find_largest(args, script, machine, estimate, begun)
     num_flops, num_tokens = count_flops(args, script)
     peak_flops = machine.peak_flops.get(args.model.dtype)
     speeds = {}
