@@ -599,11 +599,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             host_batches = batches.train_batches(data.train, collator, plan, training_args.seed, run.step, run.position)
             dropout_rng = randomness.device_rng(training_args.seed, "dropout", impl="rbg")
             if training_args.do_eval:
-                evaluate.try_out(state.params, run.stop)
+                run.check_metrics(evaluate.try_out(state.params, run.stop))
             with run.training():
                 if run.is_due("eval"):  # a resumed run may have been stopped in an evaluation
                     run.report(evaluate(state.params, run.stop))
                 for batch in batches.put_on_devices(host_batches, devices.mesh, sharding.PER_MICRO_BATCH, run.stop):
+                    if run.is_over():  # by early stopping
+                        break
                     p_train_step.compile(state, batch.arrays, dropout_rng)
                     run.begin_step()
                     state, metrics = p_train_step(state, batch.arrays, dropout_rng)

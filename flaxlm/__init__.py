@@ -11,7 +11,6 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     arguments    the flags that all training scripts share
     processes    several processes that train together, and being told to stop
     outputs      what lies in output_dir, and whose it is
-    command_line  the command line of a training script, read and checked
     sharding     what lies where on the devices, compiled steps, the state they update
     flops        how much arithmetic a function is
     machines     what a program can be compiled for, be it here or not
@@ -32,6 +31,9 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     corpus       either of the two: the rows of a run
     batches      sizes, order, noise, and on to the devices
     optimizers   learning rate schedules, optimizers
+    identity     what a run's result follows from, and what of it may differ in a resumed one
+    selection    which evaluation was the best, and is it time to stop
+    command_line  the command line of a training script, read and checked
     estimates    what a run would take of a machine
     logs         log lines, progress, TensorBoard
     evaluation   exact over all rows

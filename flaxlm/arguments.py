@@ -94,8 +94,32 @@ class TrainingArguments:
         metadata={
             "nargs": "?",
             "const": "latest",
-            "help": "Go on from a checkpoint as if never stopped: from the newest in output_dir (bare flag), or from a path.",
+            "help": "Go on from a checkpoint as if never stopped: from the newest in output_dir (bare flag), from that one if "
+            "there is one and else from the beginning (auto), or from a path.",
         },
+    )
+    resume_changes: str | None = field(
+        default=None,
+        metadata={
+            "help": "Flags that may differ from those of the checkpoint, as max_steps,learning_rate: the run goes on with the "
+            "new ones, knowingly otherwise than an uninterrupted one would."
+        },
+    )
+    load_best_model_at_end: bool = field(
+        default=False,
+        metadata={"help": "The model is that of the best evaluation, not of the last step; each best state is saved."},
+    )
+    metric_for_best_model: str | None = field(
+        default=None, metadata={"help": "What is best, as loss or eval_accuracy. Unset: the evaluation loss."}
+    )
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "More of it is better. Unset: unless it is a loss, a perplexity or bits per byte."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations in a row that were not better than the best before."}
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "How much better an evaluation must be to count for early_stopping_patience."}
     )
     multihost: bool = field(
         default=False, metadata={"help": "Train with several processes, which find each other (TPU pod, SLURM, Open MPI)."}

@@ -17,8 +17,11 @@ import matplotlib.figure
 from flaxlm import arguments, files, models, outputs
 
 
-def run_info(script: str, args: arguments.Arguments) -> dict[str, Any]:
-    """What is needed to run this again: arguments, versions, devices, and the commit of the script if it is in git."""
+def run_info(script: str, args: arguments.Arguments, changes: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """What is needed to run this again: arguments, versions, devices, and the commit of the script if it is in git.
+
+    `changes` are those of flags in resumed runs: {"step": ..., "changes": {name: [then, now]}}.
+    """
     path = Path(script).resolve()
     packages = ("transformers", "jax", "jaxlib", "flax", "optax", "datasets", "tokenizers", "numpy")
     git = ["git", "-C", str(path.parent), "rev-parse", "HEAD"]
@@ -29,6 +32,7 @@ def run_info(script: str, args: arguments.Arguments) -> dict[str, Any]:
     return {
         "script": path.name,
         "arguments": arguments.public(*args),
+        **({"resume_changes": list(changes)} if changes else {}),
         "versions": {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()},
         "devices": [str(device) for device in jax.devices()],
         "device_kind": jax.devices()[0].device_kind,
@@ -43,6 +47,7 @@ def write_model_card(
     curve: Sequence[tuple[int, float]],
     results: Mapping[str, float],
     evaluations: Mapping[int, Mapping[str, float]],
+    changes: Sequence[Mapping[str, Any]],
     repo_id: str | None,
 ) -> None:
     """README.md for people who find the model: what it was trained on and how, results, curves, how to load it."""
@@ -95,9 +100,19 @@ scores = model.apply({{"params": params}}, hidden, method="scores")
 
 `python {info["script"]} {" ".join(f"--{k} {shown_path(v)}" for k, v in arguments.changed_values(*args).items())}`
 
-Devices: {len(info["devices"])} of kind {info["device_kind"]}. Versions: {versions}.
+{describe_changes(changes)}Devices: {len(info["devices"])} of kind {info["device_kind"]}. Versions: {versions}.
 """
     files.write_text(os.path.join(output_dir, "README.md"), card)
+
+
+def describe_changes(changes: Sequence[Mapping[str, Any]]) -> str:
+    """Sentences about flags that were others before a run was resumed; "" if there were none."""
+    told = [
+        f"after step {change['step']}, {name} was changed from {shown_path(then)} to {shown_path(now)}"
+        for change in changes
+        for name, (then, now) in change["changes"].items()
+    ]
+    return f"The run was resumed with other flags: {'; '.join(told)}.\n\n" if told else ""
 
 
 def shown_path(value: Any) -> Any:
@@ -116,6 +131,7 @@ FIGURES = {
     "eval_perplexity": ("evaluation perplexity", "{:,.2f}"),
     "train_loss": ("training loss, mean over the run, nats per label", "{:.3f}"),
     "train_steps": ("steps", "{:,.0f}"),
+    "best_step": ("step that the weights are of, the best by evaluation", "{:,.0f}"),
     "epoch": ("epochs", "{:.2f}"),
     "train_samples": ("rows of training data", "{:,.0f}"),
     "train_runtime": ("training time", "{}"),

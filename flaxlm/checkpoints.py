@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from flaxlm import arguments, batches, cli, files, hub, outputs, sharding, weights
+from flaxlm import arguments, cli, files, hub, identity, outputs, sharding, weights
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,11 @@ class Saver:
         self.resumed_step: int | None = None
         self.failed = False
 
-    def save(self, step: int, state: sharding.TrainState, progress: Mapping[str, Any]) -> None:
-        """Copy the state, then write it in the background. A failure is reported; what was saved before stays."""
+    def save(self, step: int, state: sharding.TrainState, progress: Mapping[str, Any], best_step: int | None = None) -> None:
+        """Copy the state, then write it in the background. A failure is reported; what was saved before stays.
+
+        Of older checkpoints that of `best_step` is kept too.
+        """
         if step == self.saved_step:
             return
         self.wait()
@@ -84,7 +87,7 @@ class Saver:
             if step != self.resumed_step:
                 self.checkpointer.save(path, args=contents, force=True)
             # The next step overwrites the weights in place, so the writer needs a copy; the devices make it.
-            self.job = self.executor.submit(self.write, jax.tree.map(gather, copy_on_devices(state.params)))
+            self.job = self.executor.submit(self.write, jax.tree.map(gather, copy_on_devices(state.params)), best_step)
         except Exception as error:
             self.report_failure(error)
 
@@ -93,20 +96,35 @@ class Saver:
         if os.path.isdir(outputs.checkpoint_path(self.args.output_dir, step)):
             self.resumed_step = step
 
-    def write(self, params) -> None:
+    def write(self, params, best_step: int | None) -> None:
         """Runs in the background: model files, then the end of the training state; then old ones go, and an upload begins."""
         try:
-            if jax.process_index() == 0:
-                params = jax.tree.map(to_numpy, params)
-                weights.save_model(self.args.output_dir, self.model, params, self.tokenizer, self.args.save_safetensors)
+            self.write_model(params)
         finally:
             self.checkpointer.wait_until_finished()
         if jax.process_index() == 0:
             write_checksums(outputs.checkpoint_path(self.args.output_dir, self.saved_step))
-            for _, path in outputs.find_checkpoints(self.args.output_dir)[self.args.save_total_limit :]:
-                shutil.rmtree(path, ignore_errors=True)
+            for step, path in outputs.find_checkpoints(self.args.output_dir)[self.args.save_total_limit :]:
+                if step != best_step:
+                    shutil.rmtree(path, ignore_errors=True)
         if self.hub:
             self.hub.push(self.saved_step)
+
+    def write_model(self, params) -> None:
+        """What people load, from weights that `gather` has brought together."""
+        if jax.process_index() == 0:
+            params = jax.tree.map(to_numpy, params)
+            weights.save_model(self.args.output_dir, self.model, params, self.tokenizer, self.args.save_safetensors)
+
+    def choose(self, step: int, params: Any) -> None:
+        """Make the weights of an earlier checkpoint the model; `params` says their shapes. A failure is reported."""
+        path = os.path.abspath(outputs.checkpoint_path(self.args.output_dir, step))
+        try:
+            check_checksums(path)
+            self.write_model(read_params(path, params))
+        except Exception as error:
+            self.failed = True
+            logger.error("The weights of step %d could not be made the model: %s", step, cli.first_line(error))
 
     def wait(self) -> None:
         """Wait until the last save is on disk."""
@@ -181,9 +199,9 @@ def check_checksums(path: str) -> bool:
 
 
 def restore(
-    resume_from: str, output_dir: str, state: sharding.TrainState, identity: Mapping[str, Any]
-) -> tuple[sharding.TrainState, dict[str, Any]]:
-    """Read the checkpoint to go on from, (state, progress); where the newest is damaged, the one before it."""
+    resume_from: str, output_dir: str, state: sharding.TrainState, current: identity.Identity
+) -> tuple[sharding.TrainState, dict[str, Any], str]:
+    """Read the checkpoint to go on from, (state, progress, path); where the newest is damaged, the one before it."""
     source = os.path.abspath(output_dir if resume_from == "latest" else resume_from)
     if not os.path.isdir(source):
         cli.fail(f"--resume_from_checkpoint {source}: no such directory")
@@ -193,12 +211,22 @@ def restore(
         cli.fail(f"--resume_from_checkpoint: there is no checkpoint in {source}; {anew}")
     for path in paths:
         try:
-            return read_checkpoint(path, state, identity)
+            return *read_checkpoint(path, state, current), path
         except DamagedError as damage:
             logger.warning("%s is damaged and passed over: %s", path, cli.first_line(damage)[:200])
             if jax.process_index() == 0 and len(paths) > 1:
                 set_aside(path)
     cli.fail(f"--resume_from_checkpoint: no checkpoint in {source} can be read; {anew}")
+
+
+def take_along(step: int | None, source: str, output_dir: str) -> None:
+    """Copy a checkpoint that may be needed at the end, the best so far, where a run goes on in another directory."""
+    if step is None or jax.process_index() > 0 or os.path.isdir(outputs.checkpoint_path(output_dir, step)):
+        return
+    if os.path.isdir(path := outputs.checkpoint_path(source, step)):
+        logger.info("Copying the best state so far, of step %d, from %s", step, source)
+        with files.replacing_directory(outputs.checkpoint_path(output_dir, step)) as temporary:
+            shutil.copytree(path, temporary, dirs_exist_ok=True)
 
 
 def set_aside(path: str) -> None:
@@ -208,9 +236,9 @@ def set_aside(path: str) -> None:
 
 
 def read_checkpoint(
-    path: str, state: sharding.TrainState, identity: Mapping[str, Any]
+    path: str, state: sharding.TrainState, current: identity.Identity
 ) -> tuple[sharding.TrainState, dict[str, Any]]:
-    """(state, progress) of one checkpoint, in the shapes and places of `state`.
+    """(state, progress) of one checkpoint, in the shapes and places of `state`; changes that are allowed are noted.
 
     Raises:
         DamagedError: it is not what was written.
@@ -223,7 +251,8 @@ def read_checkpoint(
         verified = check_checksums(path)
         progress = checkpointer.restore(path, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
         check_progress(progress)
-        check_identity(progress["identity"], identity, path)
+        changes = identity.compare(progress["identity"], current, progress["step"], path)
+        progress["changes"] = progress.get("changes", []) + [{"step": progress["step"], "changes": changes}] * bool(changes)
         contents = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         return checkpointer.restore(path, args=contents)["state"], progress
     except (DamagedError, cli.Ending):
@@ -232,6 +261,14 @@ def read_checkpoint(
         if verified or isinstance(error, PermissionError):
             raise cli.Accident(f"{path} cannot be read, though its files are whole: {cli.first_line(error)}") from error
         raise DamagedError(cli.first_line(error)) from error
+
+
+def read_params(path: str, params: Any) -> Any:
+    """The weights of a checkpoint, on the host and without the rest of its state; `params` says their names and shapes."""
+    contents = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, params)}
+    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), contents)
+    wanted = ocp.args.PyTreeRestore(item=contents, restore_args=on_host, partial_restore=True)
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(os.path.join(path, "state"), args=wanted)["params"]
 
 
 NUMBER = (int, float)
@@ -267,46 +304,3 @@ def check_progress(progress: Any) -> None:
     for name, is_right in parts.items():
         if not is_right:
             raise DamagedError(f"{name} in its progress is not what was written")
-
-
-# Flags that a resumed run may change: they decide what is written, where and when, not what is computed.
-FREE_FLAGS = {
-    "output_dir", "overwrite_output_dir", "do_train", "do_eval", "per_device_eval_batch_size", "logging_steps",
-    "logging_first_step", "save_steps", "save_total_limit", "save_safetensors", "eval_steps", "resume_from_checkpoint",
-    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "multihost", "coordinator_address", "num_processes",
-    "process_id", "fsdp", "compile_for", "json", "cache_dir", "overwrite_cache", "preprocessing_num_workers",
-    "max_eval_samples", "trust_remote_code",
-    "validation_file", "validation_ref_file", "train_split_name", "eval_split_name",
-    # Compared by what they yield: rows of tokens, a configuration, the size of a batch.
-    "train_file", "train_ref_file", "dataset_name", "dataset_config_name", "config_name", "config_overrides",
-    "model_name_or_path", "model_type", "tokenizer_name", "use_fast_tokenizer", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "num_train_epochs", "max_steps", "warmup_steps", "warmup_ratio",
-}  # fmt: skip
-
-
-def run_identity(args: arguments.Arguments, config: PretrainedConfig, plan: batches.Plan, data: Any) -> dict[str, Any]:
-    """Everything that a run's result follows from, by a name that a person understands."""
-    flags = {f"--{name}": value for name, value in arguments.public(*args).items() if name not in FREE_FLAGS}
-    configuration = {
-        f"the configuration's {name}": value
-        for name, value in json.loads(config.to_json_string(use_diff=False)).items()
-        if name not in ("transformers_version", "_name_or_path", "architectures", "torch_dtype", "dtype")
-    }
-    return {
-        **flags,
-        **configuration,
-        "the number of steps (--max_steps, --num_train_epochs)": plan.num_steps,
-        "the number of warmup steps (--warmup_steps, --warmup_ratio)": plan.num_warmup_steps,
-        "the batch size (--per_device_train_batch_size x devices x --gradient_accumulation_steps)": plan.train_batch_size,
-        "the training data (checksum)": data,
-    }
-
-
-def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any], path: str) -> None:
-    """Refuse to go on with other settings than those the checkpoint was made with."""
-    for name in [*current, *(saved.keys() - current.keys())]:
-        if saved.get(name) != current.get(name):
-            cli.fail(
-                f"{name} is {current.get(name)}, but {path} was made with {saved.get(name)}: going on would not give what an"
-                " uninterrupted run gives; restore it, or start anew with --overwrite_output_dir in place of the flag"
-            )

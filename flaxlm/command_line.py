@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from flaxlm import arguments, cli, files, outputs
+from flaxlm import arguments, cli, files, identity, outputs, selection
 
 # Headings of --help; an objective's own flags stand above them.
 GROUPS = {
@@ -24,7 +24,8 @@ GROUPS = {
     ],
     "logging, saving, resuming": [
         "output_dir", "overwrite_output_dir", "logging_steps", "logging_first_step", "eval_steps", "save_steps",
-        "save_total_limit", "save_safetensors", "resume_from_checkpoint",
+        "save_total_limit", "save_safetensors", "resume_from_checkpoint", "resume_changes", "load_best_model_at_end",
+        "metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold",
     ],
     "the Hub": ["push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy"],
     "several processes": ["multihost", "coordinator_address", "num_processes", "process_id"],
@@ -63,6 +64,8 @@ def parse(
         check_data_arguments(args.data, args.training)
         check_output_dir(args.training)
     args.data.check(args.model)
+    selection.check(args.training)
+    identity.check_changes(args)
     return args
 
 
@@ -80,6 +83,8 @@ LIMITS = {
     "shuffle_buffer_size": (1, math.inf),
     "num_eval_samples": (1, math.inf),
     "eval_steps": (1, math.inf),
+    "early_stopping_patience": (1, math.inf),
+    "early_stopping_threshold": (0, math.inf),
     "learning_rate": (0, math.inf),
     "weight_decay": (0, math.inf),
     "adam_beta1": (0, math.nextafter(1, 0)),
@@ -198,8 +203,11 @@ def check_output_dir(training_args: arguments.TrainingArguments) -> None:
     path = training_args.output_dir
     if os.path.exists(path) and not os.path.isdir(path):
         cli.fail(f"--output_dir {path}: is a file; name a directory")
+    outputs.check_free(training_args)
     occupied = os.path.isdir(path) and os.listdir(path)
-    may_be_occupied = training_args.overwrite_output_dir or training_args.resume_from_checkpoint
-    outputs.check_free(path)
-    if training_args.do_train and occupied and not may_be_occupied:
+    if not (training_args.do_train and occupied) or training_args.overwrite_output_dir:
+        return
+    if training_args.resume_from_checkpoint == outputs.AUTO:
+        outputs.check_resumable(path)
+    elif not training_args.resume_from_checkpoint:
         cli.fail(f"--output_dir {path}: is not empty; name another or add --overwrite_output_dir")

@@ -40,11 +40,12 @@ class Evaluator:
         """The noise of these rows at every evaluation, as in batches.eval_batches."""
         return randomness.row_uniforms(self.seed, ("evaluation noise",), first_row, num_rows, self.collator.draws_per_row)
 
-    def try_out(self, params: Any, stop: processes.StopSignal) -> None:
-        """Evaluate one batch: if it does not fit into memory, that is known before training and not behind it."""
+    def try_out(self, params: Any, stop: processes.StopSignal) -> dict[str, float]:
+        """The metrics of one batch: if it does not fit into memory, that is known before training and not behind it."""
         host_batches = itertools.islice(batches.eval_batches(self.rows, self.collator, self.plan, self.seed), 1)
         for batch in batches.put_on_devices(host_batches, self.mesh, sharding.PER_ROW, stop):
-            jax.block_until_ready(self.p_eval_step(params, batch.arrays))
+            sums = self.p_eval_step(params, batch.arrays)
+        return self.eval_metrics(add_sums({}, sums))
 
     def __call__(self, params: Any, stop: processes.StopSignal) -> dict[str, float]:
         """The metrics of these weights.

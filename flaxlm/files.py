@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -227,15 +228,32 @@ def write_text(path: str, text: str) -> None:
 
 
 @contextlib.contextmanager
+def replacing_directory(path: str) -> Iterator[str]:
+    """A directory to fill, which gets its name if all goes well, and else goes."""
+    temporary = tempfile.mkdtemp(dir=os.path.dirname(path) or ".", prefix=".saving-")
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~get_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def get_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+@contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
     """A file to write, under a name that nobody can foresee; it takes the place of `path` if all goes well, else it goes."""
     descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".saving-")
     os.close(descriptor)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp keeps others from reading it
+        os.chmod(temporary, 0o666 & ~get_umask())  # mkstemp keeps others from reading it
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -170,19 +170,25 @@ class TrainingLog:
         self.curve.append((step, loss_sum / max(weight_sum, 1)))
         self.window, self.window_started = [], seconds
 
+    def finish(self, step: int) -> None:
+        """Write what is left of the last window, after so many steps."""
+        self.fetch()
+        if self.window:
+            self.write(step)
+
     def close(self) -> None:
         self.stopwatch.stop()
         self.bar.close()
 
-    def results(self, num_train_rows: int | None) -> dict[str, float]:
+    def results(self, num_steps: int, num_train_rows: int | None) -> dict[str, float]:
         """train_results.json: totals over the run."""
         seconds = self.stopwatch.seconds()
         return {
-            "epoch": self.plan.epoch(self.plan.num_steps),
+            "epoch": self.plan.epoch(num_steps),
             "train_loss": self.loss_sum / max(self.weight_sum, 1),
             "train_runtime": seconds,
-            "train_samples": num_train_rows or self.plan.num_steps * self.plan.train_batch_size,
-            "train_steps": self.plan.num_steps,
+            "train_samples": num_train_rows or num_steps * self.plan.train_batch_size,
+            "train_steps": num_steps,
             "train_tokens_per_second": self.num_tokens / max(seconds, 1e-9),
         }
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,10 +32,15 @@ class OutputDir:
         with processes.main_first():
             if processes.is_main():
                 self.create()
-                self.lock = lock(self.path)
+                self.lock = lock(self.path, patience(training_args))
                 if training_args.do_train:
                     refuse_files_of_others(self.path)
-                remove(stale_files(training_args))
+        if training_args.resume_from_checkpoint == AUTO:  # decided here, where nobody else can change what is there
+            goes_on = processes.gather_json(processes.is_main() and bool(found_checkpoints(self.path)))[0]
+            training_args.resume_from_checkpoint = "latest" if goes_on else None
+            logger.info("Going on from a checkpoint." if goes_on else "There is no checkpoint to go on from: starting.")
+        if processes.is_main():
+            remove(stale_files(training_args))
 
     def create(self) -> None:
         try:
@@ -50,26 +56,64 @@ class OutputDir:
             self.lock = None
 
 
-def lock(directory: str) -> int | None:
-    """Hold a directory until the descriptor is closed, or the process dies; None where the system has no such locks."""
+AUTO = "auto"  # --resume_from_checkpoint: go on if there is a checkpoint, else start
+PATIENCE = 60.0  # seconds that a run with AUTO waits for the one before it, which may be saving
+
+
+def patience(training_args: arguments.TrainingArguments) -> float:
+    return PATIENCE if training_args.resume_from_checkpoint == AUTO else 0.0
+
+
+def lock(directory: str, patience: float = 0.0, shared: bool = False) -> int | None:
+    """Hold a directory until the descriptor is closed, or the process dies; None where the system has no such locks.
+
+    Where another run holds it that is waited for as many seconds as `patience` says. `shared` lets others in that are too.
+    """
     if fcntl is None:
         return None
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except BlockingIOError:
-        os.close(descriptor)
-        cli.fail(f"--output_dir {directory}: another run is writing there; wait for its end, or name another directory")
-    except OSError:  # some network file systems
-        os.close(descriptor)
-        return None
+    descriptor, said = os.open(directory, os.O_RDONLY), False
+    deadline = time.monotonic() + max(patience, 0.5)  # who only asks holds it for a moment
+    while True:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                os.close(descriptor)
+                waited = f", after {patience:.0f} seconds still" if patience else ""
+                remedy = "wait for its end, or name another directory"
+                cli.fail(f"--output_dir {directory}: another run is writing there{waited}; {remedy}")
+        except OSError:  # some network file systems
+            os.close(descriptor)
+            return None
+        if patience and not said:
+            logger.info("Another run is writing to %s: waiting up to %.0f seconds for its end ...", directory, patience)
+            said = True
+        time.sleep(0.1)
 
 
-def check_free(directory: str) -> None:
-    """Refuse a directory that another run holds, before anything is loaded."""
-    if os.path.isdir(directory) and (descriptor := lock(directory)) is not None:
+def check_free(training_args: arguments.TrainingArguments) -> None:
+    """Refuse a directory that another run holds, before anything is loaded; processes of one run may all ask at a time."""
+    directory = training_args.output_dir
+    if os.path.isdir(directory) and (descriptor := lock(directory, patience(training_args), shared=True)) is not None:
         os.close(descriptor)
+
+
+def check_resumable(directory: str) -> None:
+    """Refuse to start, for want of a checkpoint, where there is something that a run which was cut short does not leave."""
+    if found_checkpoints(directory):
+        return
+    remedy = "name another directory, or add --overwrite_output_dir to start anew in this one"
+    if not holds_training_record(directory):
+        cli.fail(f"--resume_from_checkpoint auto: {directory} is not empty and holds no run of ours; {remedy}")
+    if Path(directory, "train_results.json").exists():
+        cli.fail(f"--resume_from_checkpoint auto: {directory} holds a finished run without its checkpoints; {remedy}")
+
+
+def found_checkpoints(directory: str) -> list[str]:
+    """Names of checkpoints of ours, be they damaged: that none can be read must not mean that there was none."""
+    names = (name for name in os.listdir(directory) if re.fullmatch(r"checkpoint-\d+(\.damaged)?", name))
+    return [name for name in names if is_checkpoint(Path(directory, name))]
 
 
 # ---- Whose files ---------------------------------------------------------------------------------------------------------

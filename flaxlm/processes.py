@@ -101,14 +101,19 @@ def gather_rows(rows: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     return {name: array.reshape(-1, array.shape[-1]) for name, array in gathered.items()}
 
 
+RESUME = "to go on, run the same command with --resume_from_checkpoint"
+AGAIN = "to go on, run the same command again"
+
+
 class StopSignal:
     """SIGTERM and SIGINT ask the run to save and end; a second SIGINT ends it at once.
 
-    `promise` is what is said then that the run will do; who does something else for a while says so here.
+    `promise` is what is said then that the run will do; who does something else for a while says so here. `advice` says at
+    the end how to go on.
     """
 
-    def __init__(self):
-        self.requested, self.previous = 0, {}
+    def __init__(self, advice: str = RESUME):
+        self.requested, self.previous, self.advice = 0, {}, advice
         self.promise = "finishing the step, then saving"
 
     def __enter__(self) -> "StopSignal":
@@ -124,16 +129,13 @@ class StopSignal:
     def check(self, agreed: bool) -> None:
         """Raise Stopped if all processes agreed to stop; a single process has nobody to ask."""
         if agreed or (self.requested and jax.process_count() == 1):
-            raise Stopped(self.requested or signal.SIGTERM)
+            raise Stopped(self.requested or signal.SIGTERM, self.advice)
 
     def handle(self, signum: int, frame) -> None:
         if self.requested and signum == signal.SIGINT:
             os._exit(128 + signum)
         self.requested = signum
         logger.warning("%s: %s. Interrupt again to end at once.", signal.Signals(signum).name, self.promise)
-
-
-RESUME = "to go on, run the same command with --resume_from_checkpoint"
 
 
 class Stopped(cli.Ending):

@@ -10,7 +10,26 @@ import flax.linen as nn
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from flaxlm import arguments, batches, cards, checkpoints, cli, corpus, files, hub, logs, outputs, processes, sharding
+from flaxlm import (
+    arguments,
+    batches,
+    cards,
+    checkpoints,
+    cli,
+    corpus,
+    files,
+    hub,
+    identity,
+    logs,
+    outputs,
+    processes,
+    selection,
+    sharding,
+)
+
+
+def how_to_go_on(training_args: arguments.TrainingArguments) -> str:
+    return processes.AGAIN if training_args.resume_from_checkpoint == outputs.AUTO else processes.RESUME
 
 
 class Run:
@@ -43,13 +62,14 @@ class Run:
     ):
         self.script, self.args, self.data, self.plan = script, args, data, plan
         self.model, self.tokenizer, self.hub = model, tokenizer, uploads
-        self.stop, self.exits = processes.StopSignal(), contextlib.ExitStack()
+        self.stop, self.exits = processes.StopSignal(how_to_go_on(args.training)), contextlib.ExitStack()
         self.saver: checkpoints.Saver | None = None
         self.log: logs.TrainingLog | None = None
         self.points: logs.Points | None = None
         self.state: sharding.TrainState | None = None
         self.step, self.position = 0, None
         self.evaluations: dict[int, dict[str, float]] = {}
+        self.changes: list[dict[str, Any]] = []  # of flags in resumed runs, each with the step at which it was made
         self.results: dict[str, float] = {}
         self.unwritten: list[str] = []  # files that could not be written
 
@@ -67,22 +87,35 @@ class Run:
     def start(self, state: sharding.TrainState) -> sharding.TrainState:
         """The state to train from: the one given or, with --resume_from_checkpoint, the one of a checkpoint."""
         training_args, progress = self.args.training, None
-        identity = checkpoints.run_identity(self.args, self.model.config, self.plan, self.data.identity)
-        self.saver = checkpoints.Saver(training_args, self.model, self.tokenizer, identity, self.hub)
+        current = identity.of_run(self.args, self.model.config, self.plan, self.data.identity)
+        self.saver = checkpoints.Saver(training_args, self.model, self.tokenizer, current.values, self.hub)
         if training_args.resume_from_checkpoint:
             resume_from, output_dir = training_args.resume_from_checkpoint, training_args.output_dir
-            state, progress = checkpoints.restore(resume_from, output_dir, state, identity)
-            cli.logger.info("Resuming after step %d", progress["step"])
-        self.write("run_info.json", cards.run_info(self.script, self.args))
+            state, progress, path = checkpoints.restore(resume_from, output_dir, state, current)
+            self.resume(progress, path)
+        self.write("run_info.json", cards.run_info(self.script, self.args, self.changes))
         self.points = logs.open_training_points(training_args.output_dir, progress)
         self.log = logs.TrainingLog(training_args, self.plan, self.points)
         if progress:
             self.log.resume(progress)
-            self.saver.resume(progress["step"])
-            self.evaluations = {int(step): metrics for step, metrics in progress["evaluations"].items()}
-            self.position = progress["positions"][self.plan.process_index]
         self.state, self.step = state, int(state.step)
         return state
+
+    def resume(self, progress: Mapping[str, Any], path: str) -> None:
+        """Take up what a checkpoint tells of the run."""
+        cli.logger.info("Resuming after step %d", progress["step"])
+        self.evaluations = {int(step): metrics for step, metrics in progress["evaluations"].items()}
+        self.position, self.changes = progress["positions"][self.plan.process_index], progress["changes"]
+        for change in self.changes[-1:] if self.changes and self.changes[-1]["step"] == progress["step"] else []:
+            for name, (then, now) in change["changes"].items():
+                cli.logger.warning("%s is %s from here on, it was %s (--resume_changes).", name, now, then)
+            if self.position and identity.changes_text(change["changes"], self.args.data):
+                cli.logger.warning("The stream of texts is another one: it is read from its beginning.")
+                self.position = None
+        self.saver.resume(progress["step"])
+        if self.args.training.load_best_model_at_end:
+            best_step = selection.best_step(self.args.training, self.evaluations)
+            checkpoints.take_along(best_step, os.path.dirname(path), self.args.training.output_dir)
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -94,7 +127,7 @@ class Run:
         """
         try:
             yield
-            self.log.fetch()
+            self.log.finish(self.step)
         except processes.Stopped:
             self.log.fetch()
             self.log.stopwatch.stop()
@@ -109,7 +142,7 @@ class Run:
             self.saver.wait()
         self.save()
         self.saver.wait()
-        self.results |= self.log.results(self.data.num_train_rows)
+        self.results |= self.log.results(self.step, self.data.num_train_rows)
         self.write("train_results.json", self.results)
 
     def begin_step(self) -> None:
@@ -130,11 +163,24 @@ class Run:
         """After this step? What is evaluated already is not due; nor is the last save, which `training` makes."""
         training_args = self.args.training
         if what == "save":
-            return self.step % training_args.save_steps == 0 and self.step < self.plan.num_steps
+            is_best = training_args.load_best_model_at_end and self.step == self.best_step()
+            return (self.step % training_args.save_steps == 0 or is_best) and self.step < self.plan.num_steps
         if not training_args.do_eval or self.step in self.evaluations:
             return False
         at_intervals = training_args.eval_steps and self.step > 0 and self.step % training_args.eval_steps == 0
         return what == "last eval" or bool(at_intervals)
+
+    def check_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Before training: refuse to choose the best model by what evaluations, of which this is one, don't have."""
+        selection.check_metric(self.args.training, metrics)
+
+    def is_over(self) -> bool:
+        """Have evaluations stopped getting better, as far as --early_stopping_patience goes?"""
+        return selection.should_stop(self.args.training, self.evaluations)
+
+    def best_step(self) -> int | None:
+        """The step of the best evaluation so far."""
+        return selection.best_step(self.args.training, self.evaluations)
 
     def report(self, metrics: dict[str, float]) -> None:
         """Note the metrics of an evaluation, in the log and in TensorBoard."""
@@ -144,6 +190,12 @@ class Run:
         if self.points and not self.is_reported(next(iter(metrics))):
             self.points.add(self.step, metrics)
             self.points.flush()
+        if self.is_over() and self.saver:
+            best = self.best_step()
+            line = "Stopping early: %d evaluation(s) in a row not better; the best %s was %.4f, at step %s"
+            name = selection.metric_name(self.args.training)
+            patience = self.args.training.early_stopping_patience
+            cli.logger.info(line, patience, name[5:], self.evaluations.get(best, {}).get(name, float("nan")), best)
 
     def is_reported(self, name: str) -> bool:
         """Has a run that was finished already, and is resumed, written this point of its last evaluation?"""
@@ -152,24 +204,48 @@ class Run:
 
     def save(self) -> None:
         """Save the state after this step and the model, in the background; an upload follows."""
-        progress = {"positions": processes.gather_json(self.position), "evaluations": self.evaluations}
-        self.saver.save(self.step, self.state, self.log.progress() | progress)
+        positions = processes.gather_json(self.position)
+        progress = {"positions": positions, "evaluations": self.evaluations, "changes": self.changes}
+        best_step = self.best_step() if self.args.training.load_best_model_at_end else None
+        self.saver.save(self.step, self.state, self.log.progress() | progress, best_step)
 
     def finish(self) -> None:
         """Write what there is to say at the end, upload, and tell by an error if the last state is not where it should be."""
+        chosen = self.choose() if self.args.training.load_best_model_at_end and self.saver else self.step
         if self.args.training.do_eval:
-            self.write("eval_results.json", self.evaluations[self.step])
-            self.results |= self.evaluations[self.step]
+            self.write("eval_results.json", self.evaluations[chosen])
+            self.results |= self.evaluations[chosen]
         if self.points:
             self.points.close()
         if self.log and processes.is_main():
             repo_id, curve = self.hub and self.hub.repo_id, self.log.curve
             with self.noting("README.md"):
-                cards.write_model_card(self.script, self.args, self.model, curve, self.results, self.evaluations, repo_id)
+                cards.write_model_card(
+                    self.script, self.args, self.model, curve, self.results, self.evaluations, self.changes, repo_id
+                )
         if self.hub:
             self.stop.promise = "leaving the upload unfinished"
             self.hub.push(self.step, final=True, stop=self.stop)
         self.check()
+
+    def choose(self) -> int:
+        """Make the best weights the model, of those that were evaluated and are still there; the step they are of."""
+        there = {step for step, _ in outputs.find_checkpoints(self.args.training.output_dir)}
+        kept = {step: metrics for step, metrics in self.evaluations.items() if step in there}
+        kept = processes.gather_json(list(kept))[0]  # process 0 may remove some while others look
+        chosen = selection.best_step(self.args.training, {step: self.evaluations[step] for step in kept})
+        if chosen is None:
+            cli.logger.warning("No evaluation of a state that was saved gave a number: the model is that of the last step.")
+            return self.step
+        if chosen != self.best_step():
+            cli.logger.warning("The state of the best evaluation, step %s, was not saved.", self.best_step())
+        if chosen != self.step:
+            self.saver.choose(chosen, self.state.params)
+        name = selection.metric_name(self.args.training)
+        cli.logger.info("The model is that of step %d: %s %.4f", chosen, name[5:], self.evaluations[chosen][name])
+        self.results |= {"best_step": chosen}
+        self.write("train_results.json", self.results)
+        return chosen
 
     def check(self) -> None:
         """Tell by an error if anything is not where it should be."""

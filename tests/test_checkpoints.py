@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import run_mlm_flax as script
-from flaxlm import batches, checkpoints, cli, logs, outputs, processes
+from flaxlm import batches, checkpoints, cli, identity, logs, outputs, processes
 from tests.conftest import ROOT, read_events
 
 # Nothing lines up: epochs end after steps 5 and 10, evaluations are due after 4, 8 and 12, saves after 3, 6, 9 and 12, log
@@ -433,6 +433,7 @@ PROGRESS_DAMAGES = {
     "no positions": lambda progress: progress.update(positions=[]),
     "identity of text": lambda progress: progress.update(identity="x"),
     "no time": lambda progress: progress.update(train_time=None),
+    "changes of text": lambda progress: progress.update(changes="x"),
 }
 
 
@@ -452,8 +453,8 @@ def read_progress(output_dir: Path) -> dict:
     _, newest = outputs.find_checkpoints(output_dir)[-1]
     state = jax.tree.map(jax.numpy.asarray, read_state(newest))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "check_identity", lambda *args: None)
-        return checkpoints.restore("latest", str(output_dir), state, {})[1]
+        patch.setattr(identity, "compare", lambda *args: {})
+        return checkpoints.restore("latest", str(output_dir), state, None)[1]
 
 
 def test_a_checkpoint_that_is_not_to_blame_keeps_its_name(stopped, monkeypatch):
@@ -561,6 +562,145 @@ def test_free_flags_may_change(stopped, corpus, train, expected, tmp_path):
     assert {key for key, value in expected.items() if value != found[key]} == {"picture", "points"}
     assert found["points"]["train_loss"] == expected["points"]["train_loss"]
     assert [step for step, _ in found["points"]["eval_loss"]] == [4, 6, 12]
+
+
+# ---- Knowingly otherwise -------------------------------------------------------------------------------------------------
+
+
+def losses_of(output_dir: Path) -> list[float]:
+    return [value for _, value in read_events(output_dir)["train_loss"]]
+
+
+@pytest.fixture(scope="module")
+def constant_for_14(train, tmp_path_factory) -> dict:
+    """What 14 steps at a constant rate give, asked for at once."""
+    output_dir = tmp_path_factory.mktemp("constant")
+    train(output_dir, "--lr_scheduler_type", "constant", "--max_steps", 14)
+    return outcome(output_dir)
+
+
+@pytest.mark.parametrize("first", [9, 13])
+def test_train_longer_where_the_schedule_does_not_look_at_the_end(first, train, constant_for_14, tmp_path):
+    """A finished run goes on with more steps, bit for bit as if they had been asked for at once, without another flag."""
+    train(tmp_path, "--lr_scheduler_type", "constant", "--max_steps", first)
+    train(tmp_path, "--lr_scheduler_type", "constant", "--max_steps", 14, "--resume_from_checkpoint")
+    found = outcome(tmp_path)
+    for name in ("state", "weights", "train_results", "eval_results"):
+        assert found[name] == constant_for_14[name], name
+    for tag in ("train_loss", "train_grad_norm", "train_learning_rate"):
+        assert found["points"][tag] == constant_for_14["points"][tag], tag
+    assert "resume_changes" not in json.loads((tmp_path / "run_info.json").read_text())
+
+
+def test_a_change_that_is_allowed_is_made_and_recorded(stopped, uninterrupted, train):
+    """From its step on: until then the curve is the old one. It is told in run_info.json and the model card, once."""
+    changes = "max_steps,--learning-rate"
+    train(stopped, "--max_steps", 14, "--learning_rate", 2e-3, "--resume_from_checkpoint", "--resume_changes", changes)
+    found, rates = losses_of(stopped), dict(read_events(stopped)["train_learning_rate"])
+    assert len(found) == 14
+    assert found[:9] == losses_of(uninterrupted)[:9]  # the rate of step 9 shows in the loss of step 10
+    assert found[9] != losses_of(uninterrupted)[9]
+    assert rates[9] == pytest.approx(2e-3 * (14 - 8) / (14 - 2))
+    told = json.loads((stopped / "run_info.json").read_text())["resume_changes"]
+    steps = "the number of steps (--max_steps, --num_train_epochs)"
+    assert told == [{"step": 8, "changes": {"--learning_rate": [1e-3, 2e-3], steps: [12, 14]}}]
+    card = (stopped / "README.md").read_text()
+    assert (
+        f"after step 8, --learning_rate was changed from 0.001 to 0.002; after step 8, {steps} was changed from 12 to 14"
+        in card
+    )
+    # The same command line again, as a requeued job has it: nothing differs from the newest checkpoint any more.
+    train(stopped, "--max_steps", 14, "--learning_rate", 2e-3, "--resume_from_checkpoint", "--resume_changes", changes)
+    assert json.loads((stopped / "run_info.json").read_text())["resume_changes"] == told
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        (["--max_steps", 13], "allow it with --resume_changes max_steps"),
+        (["--mlm_probability", 0.2], "allow it with --resume_changes mlm_probability"),
+        (["--per_device_train_batch_size", 4], "allow it with --resume_changes per_device_train_batch_size"),
+        (["--max_train_samples", 42], "allow it with --resume_changes max_train_samples"),
+        (["--adafactor"], "start a new run from the weights, with --model_name_or_path"),
+        (["--config_overrides", "hidden_dropout_prob=0.1"], "start a new run from the weights, with --model_name_or_path"),
+        (["--max_steps", 7], "is after step 8 already; give at least as many"),
+        (["--max_steps", 7, "--resume_changes", "max_steps"], "is after step 8 already; give at least as many"),
+        (["--mlm_probability", 0.2, "--max_steps", 13, "--resume_changes", "max_steps"], "--mlm_probability is 0.2, but "),
+        (["--resume_changes", "max_stepz"], "--resume_changes max_stepz: no such flag"),
+        (["--resume_changes", "lamb"], "--resume_changes lamb: the optimizer's state is of one kind; start from the weights"),
+        (["--resume_changes", "max_steps,config_name"], "--resume_changes config_name: the weights are of one configuration"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_what_is_not_allowed_says_what_would_allow_it(change, advice, stopped_after_8, train, error_of):
+    before = files(stopped_after_8)
+    assert advice in error_of(train, stopped_after_8, *change, "--resume_from_checkpoint")
+    assert files(stopped_after_8) == before
+
+
+def test_changes_need_a_checkpoint(train, error_of, tmp_path):
+    message = error_of(train, tmp_path / "new", "--resume_changes", "max_steps")
+    assert "--resume_changes: says what may differ from a checkpoint; add --resume_from_checkpoint" in message
+
+
+@pytest.mark.parametrize(
+    "change", [["--mlm_probability", 0.3], ["--per_device_train_batch_size", 4], ["--seed", 3],
+               ["--weight_decay", 0.1], ["--max_train_samples", 30]], ids=lambda change: change[0],
+)  # fmt: skip
+def test_other_changes(change, stopped, train, uninterrupted):
+    """Whatever the optimizer's state does not depend on may change: training goes on, otherwise than it would have."""
+    train(stopped, *change, "--resume_from_checkpoint", "--resume_changes", change[0].strip("-"))
+    found = losses_of(stopped)
+    assert len(found) == 12
+    assert found[:8] == losses_of(uninterrupted)[:8] != found[:8] + found[8:] != losses_of(uninterrupted)
+
+
+# ---- The same command line, always ---------------------------------------------------------------------------------------
+
+
+def test_the_same_command_for_every_start(train, expected, tmp_path, capsys):
+    """--resume_from_checkpoint auto: nothing there, then a run that was cut short before its first save, then checkpoints."""
+    auto = ["--resume_from_checkpoint", "auto"]
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(checkpoints.Saver, "save", interrupt)
+        train(tmp_path, *auto)
+    assert {path.name.partition(".")[0] for path in tmp_path.iterdir()} == {"events", "run_info"}
+    capsys.readouterr()
+    train_until(train, tmp_path, 5, *auto)
+    assert "There is no checkpoint to go on from: starting." in capsys.readouterr().err
+    train_until(train, tmp_path, 8, *auto)
+    assert "Resuming after step 5" in capsys.readouterr().err
+    train(tmp_path, *auto)
+    assert outcome(tmp_path) == expected
+    train(tmp_path, *auto)  # finished: nothing is left to do
+    assert outcome(tmp_path) == expected
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def test_stopped_it_says_to_run_the_same_command(train, tmp_path):
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(processes.Stopped, match=r"run the same command again$"):
+        signal_after(monkeypatch, 2)
+        train(tmp_path, "--resume_from_checkpoint", "auto")
+
+
+def test_auto_starts_nothing_where_others_keep_things(stopped, train, error_of, tmp_path):
+    """A directory of something else; a finished run whose checkpoints were taken away; checkpoints that are all damaged."""
+    auto = ["--resume_from_checkpoint", "auto"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("...")
+    assert "is not empty and holds no run of ours; name another directory" in error_of(train, tmp_path / "mine", *auto)
+    for _, checkpoint in outputs.find_checkpoints(stopped):
+        Path(checkpoint).rename(f"{checkpoint}.damaged")
+    before = files(stopped)
+    assert f"there is no checkpoint in {stopped}; to start anew" in error_of(train, stopped, *auto)
+    assert files(stopped) == before
+    for path in stopped.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    (stopped / "train_results.json").write_text("{}")
+    assert "holds a finished run without its checkpoints; name another" in error_of(train, stopped, *auto)
 
 
 def test_into_another_directory(stopped_after_8, train, expected, tmp_path):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """output_dir: one run at a time, and files that are not ours stay."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -124,6 +126,25 @@ def test_a_second_run_is_refused(training_args, refuses):
         outputs.OutputDir(training_args)
     first.close()
     outputs.OutputDir(training_args).close()
+
+
+def test_a_requeued_run_waits_for_the_one_before_it(training_args, monkeypatch, caplog, refuses):
+    """With --resume_from_checkpoint auto, as long as it may take to save; then it says so."""
+    monkeypatch.setattr(outputs.logger.parent, "propagate", True)
+    caplog.set_level("INFO")
+    first = outputs.OutputDir(training_args)
+    again = dataclasses.replace(training_args, resume_from_checkpoint="auto")
+    timer = threading.Timer(1.5, first.close)
+    timer.start()
+    outputs.check_free(again)
+    assert first.lock is None
+    assert f"Another run is writing to {training_args.output_dir}: waiting up to 60 seconds for its end" in caplog.text
+    second = outputs.OutputDir(again)
+    assert again.resume_from_checkpoint is None
+    monkeypatch.setattr(outputs, "PATIENCE", 1.0)
+    with refuses("run: another run is writing there, after 1 seconds still; wait for its end, or name another directory"):
+        outputs.check_free(dataclasses.replace(training_args, resume_from_checkpoint="auto"))
+    second.close()
 
 
 def test_two_runs_started_together(roberta_dir, corpus, tmp_path):
