@@ -131,7 +131,7 @@ def stop_and_resume(start, stopped: Path, *flags) -> None:
     assert SAVE <= last < STEPS
     assert f"Saving step {last}" in ended.logs[0]
 
-    ended = end_of(*start(stopped, *flags, "--resume_from_checkpoint"))
+    ended = end_of(*start(stopped, *flags, "--resume_from_checkpoint", "auto"))
     assert ended.statuses == [0, 0], "\n".join(ended.logs)
     assert f"Resuming after step {last}" in ended.logs[0]
 
