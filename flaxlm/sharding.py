@@ -223,4 +223,7 @@ class CompiledStep:
                 raise
             flags = {"training": "--per_device_train_batch_size (more --gradient_accumulation_steps keep the batch)"}
             flag = flags.get(self.name, "--per_device_eval_batch_size")
-            cli.fail(f"the {self.name} step does not fit into the memory of a device: lower {flag}, or the tokens per row")
+            cli.fail(
+                f"the {self.name} step does not fit into the memory of a device: lower {flag}, or the tokens per row; what else"
+                " there is (--gradient_checkpointing, --fsdp, --dtype bfloat16) and what it saves, --compile_for this says"
+            )

@@ -22,19 +22,17 @@ NUM_STEPS = 600  # so many that the run is not over before the last kill
 FLAGS = [
     "--max_seq_length", 32, "--max_steps", NUM_STEPS, "--warmup_steps", 20, "--learning_rate", 1e-3, "--logging_steps", 7,
     "--eval_steps", 25, "--save_steps", 4, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2,
+    "--load_best_model_at_end",
     "--config_overrides", "num_hidden_layers=1,hidden_dropout_prob=0.1,attention_probs_dropout_prob=0.1",
 ]  # fmt: skip
 
 
 def start(flags: list, output_dir: Path, stderr: Path) -> subprocess.Popen:
+    """The same command for the first and every later start."""
     command = [sys.executable, script.__file__, *map(str, flags), "--output_dir", str(output_dir)]
-    command.append("--resume_from_checkpoint" if has_checkpoint(output_dir) else "--overwrite_output_dir")
+    command += ["--resume_from_checkpoint", "auto"]
     with stderr.open("w") as file:
         return subprocess.Popen(command, stderr=file)
-
-
-def has_checkpoint(output_dir: Path) -> bool:
-    return output_dir.is_dir() and bool(outputs.find_checkpoints(output_dir))
 
 
 def half_written(output_dir: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -147,3 +148,11 @@ def test_how_little_lies_on_each_device(name):
     spread = sharding.bytes_per_device(shapes, sharding.Devices(mesh, spread=True).shardings(shapes))
     assert spread < sharding.bytes_per_device(shapes) / 7
     assert sharding.bytes_per_device(shapes, sharding.Devices(mesh).shardings(shapes)) == sharding.bytes_per_device(shapes)
+
+
+def test_what_does_not_fit_is_told_with_the_flags_that_change_it(error_of):
+    """By a real refusal of XLA to allocate 64 TiB."""
+    step = sharding.CompiledStep("training", lambda size: jnp.ones((2**44,)) * size)
+    line = error_of(step, 1.0)
+    assert "the training step does not fit into the memory of a device: lower --per_device_train_batch_size" in line
+    assert "--fsdp" in line and "--compile_for this" in line
