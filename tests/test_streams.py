@@ -211,7 +211,7 @@ def damaged(kind: str, directory):
         return path, "cannot be read as text: "
     if name == "a.txt":
         path.write_bytes(text + b"caf\xe9\n")
-        return path, "not UTF-8; convert it, for example with `iconv"
+        return path, "not UTF-8; name its encoding, for example with --encoding ISO-8859-1"
     if name == "a.csv":
         path.write_bytes(b"text\n" + text + b"a, b\n")
         return path, "row 1501 .line 1502. has 2 fields"
