@@ -54,6 +54,8 @@ from flaxlm import (
     cli,
     configurations,
     files,
+    formats,
+    inputs,
     randomness,
     text,
 )
@@ -87,8 +89,15 @@ class PrepareArguments:
         default=None, metadata={"help": "Hub id, or a local directory (data files, or written by save_to_disk); train split."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "Training text: txt, csv, json, jsonl or parquet, also .gz, .bz2 or .xz."}
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Training text: txt, csv, tsv, json, jsonl or parquet, also .gz, .bz2 or .xz. Files, patterns, directories "
+            "or addresses (https://, hf://, s3://, gs://), several of them too, all of one format."
+        },
+    )
+    encoding: str | None = field(
+        default=None, metadata={"help": "Encoding of txt, csv, tsv and json files, as Python names it. Unset: UTF-8."}
     )
     text_column_name: str | None = field(
         default=None, metadata={"help": "Column with the text. Unset: 'text' if there is one, else the first text column."}
@@ -141,7 +150,9 @@ def read_arguments(argv: Sequence[str] | None) -> PrepareArguments:
     if args.dataset_config_name and not args.dataset_name:
         cli.fail("--dataset_config_name: names a part of --dataset_name, which is not given")
     if args.train_file:
-        files.check_text_file(args.train_file, "--train_file")
+        found = inputs.find(args.train_file, "--train_file", args.token)
+    if args.encoding:
+        formats.check_encoding_name(args.encoding, found.paths if args.train_file else [])
     for name in ("max_train_samples", "min_frequency", "vocab_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -190,7 +201,8 @@ class TextSample:
 def load_sample(args: PrepareArguments) -> TextSample:
     """Load the text, and draw from it if it has more than `max_train_samples` rows."""
     if args.train_file:
-        source, dataset = args.train_file, files.load(args.train_file, "--train_file", args.cache_dir)
+        options = {"encoding": args.encoding, "token": args.token}
+        source, dataset = inputs.shown(args.train_file), files.load(args.train_file, "--train_file", args.cache_dir, **options)
     else:
         source, dataset = args.dataset_name, load_train_split(args)
     column, num_rows = files.find_text_column(dataset, args.text_column_name), len(dataset)
@@ -208,7 +220,8 @@ def load_sample(args: PrepareArguments) -> TextSample:
 def load_train_split(args: PrepareArguments) -> datasets.Dataset:
     """Load the training split of a dataset of the Hub, or of a local directory."""
     name = args.dataset_name
-    found = text.find_named_splits(name, args.dataset_config_name, cache_dir=args.cache_dir, token=args.token)
+    options = {"cache_dir": args.cache_dir, "token": args.token, "encoding": args.encoding}
+    found = text.find_named_splits(name, args.dataset_config_name, **options)
     if "train" not in found:
         cli.fail(f"--dataset_name {name}: has no train split, only {', '.join(found)}")
     return text.load_source(found["train"], args.cache_dir)
@@ -452,8 +465,10 @@ def log_result(
         lower = "--vocab_size" if is_unigram else "--vocab_size or --min_frequency"
         cli.logger.warning("The text is too small for more entries; give more text, or a lower %s.", lower)
     cli.logger.info("Wrote to %s: %s", args.output_dir, ", ".join(written))
-    data = ["--train_file", args.train_file] if args.train_file else ["--dataset_name", args.dataset_name]
+    names = arguments.public(args)["train_file"]
+    data = ["--train_file", *names] if names else ["--dataset_name", args.dataset_name]
     data += ["--dataset_config_name", args.dataset_config_name] if args.dataset_config_name else []
+    data += ["--encoding", args.encoding] if args.encoding else []
     command = ["python", FAMILIES[config.model_type].training_script]
     command += ["--config_name", args.output_dir, "--tokenizer_name", args.output_dir, *data]
     cli.logger.info("To train from it: %s --output_dir ...", shlex.join(command))

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 try:
     import flaxlm
@@ -63,6 +63,7 @@ from flaxlm import (
     runs,
     sentences,
     sharding,
+    token_ids,
     token_rows,
     tokenization,
     weights,
@@ -81,6 +82,8 @@ from flaxlm import (
 @dataclass
 class DataTrainingArguments(arguments.DataArguments):
     """What to train on, and what noise to put into it."""
+
+    token_depths: ClassVar[tuple[int, ...]] = (1, 2)
 
     train_ref_file: str | None = field(default=None, metadata={"help": "Accepted for old commands; spans ignore words."})
     validation_ref_file: str | None = field(default=None, metadata={"help": "The same for validation_file."})
@@ -129,6 +132,8 @@ def tokenize_texts(
 
     Texts are tokenised whole, with the special tokens that the tokenizer adds. Needs a fast tokenizer, for its offsets.
     """
+    if token_ids.are_ids(batch[text_column]):
+        return take_tokens(batch[text_column], tokenizer, sentence_language)
     texts = [text for text in batch[text_column] if text and not text.isspace()]
     if not texts:
         return {"input_ids": [], "sentence_starts": []}
@@ -142,6 +147,28 @@ def tokenize_texts(
         )
     mark = functools.partial(mark_sentence_starts, language=sentence_language)
     return {"input_ids": encoding["input_ids"], "sentence_starts": list(map(mark, texts, encoding["offset_mapping"]))}
+
+
+def take_tokens(lists: Sequence[list | None], tokenizer: PreTrainedTokenizerBase, sentence_language: str) -> dict[str, list]:
+    """The same of texts that are tokenised already: their tokens as they are.
+
+    In lists of sentences each begins one; in flat lists sentences are found in the text that the tokens stand for.
+    """
+    lists = [tokens for tokens in lists if tokens]
+    if not any(isinstance(tokens[0], list) for tokens in lists):
+        input_ids = token_ids.known_ids(lists, tokenizer)
+        texts, offsets, _ = token_ids.decode_with_offsets(input_ids, tokenizer)
+        mark = functools.partial(mark_sentence_starts, language=sentence_language)
+        return {"input_ids": input_ids, "sentence_starts": list(map(mark, texts, offsets))}
+    special, rows = token_ids.special_ids(tokenizer), {"input_ids": [], "sentence_starts": []}
+    for found in (token_ids.known_ids(sentence_lists, tokenizer) for sentence_lists in lists):
+        sentence = np.repeat(np.arange(len(found)), list(map(len, found)))
+        ids, starts = np.concatenate([[], *found]).astype(np.int32), np.zeros(len(sentence), np.int32)
+        ordinary = np.flatnonzero(~np.isin(ids, special))  # the tokens that may begin a sentence
+        starts[ordinary[np.unique(sentence[ordinary], return_index=True)[1]]] = 1
+        rows["input_ids"].append(ids)
+        rows["sentence_starts"].append(starts)
+    return rows
 
 
 def mark_sentence_starts(text: str, offsets: Sequence[tuple[int, int]], language: str) -> np.ndarray:

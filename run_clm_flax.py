@@ -60,6 +60,7 @@ from flaxlm import (
     randomness,
     runs,
     sharding,
+    token_ids,
     token_rows,
     tokenization,
     weights,
@@ -110,12 +111,19 @@ ENCODERS = ("bert", "big_bird", "camembert", "electra", "roberta", "roberta-prel
 def tokenize_texts(
     batch: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, text_column: str, append_eos_token: bool
 ) -> dict[str, list]:
-    """Tokenise the non-empty texts of one `Dataset.map` batch, with the special tokens that the tokenizer adds."""
+    """Tokenise the non-empty texts of one `Dataset.map` batch, with the special tokens that the tokenizer adds.
+
+    Of texts that are tokenised already the tokens are used as they are.
+    """
     texts = [text for text in batch[text_column] if text]
     if not texts:
         return {"input_ids": []}
-    with tokenization.tokenizer_as_loaded(tokenizer):
-        input_ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    if token_ids.are_ids(texts):
+        input_ids = token_ids.known_ids(texts, tokenizer)
+    else:
+        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        with tokenization.tokenizer_as_loaded(tokenizer):
+            input_ids = tokenizer(texts, **options)["input_ids"]
     if append_eos_token:
         eos = tokenizer.eos_token_id
         input_ids = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in input_ids]

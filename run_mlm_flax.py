@@ -58,6 +58,7 @@ from flaxlm import (
     evaluation,
     files,
     hub,
+    inputs,
     logs,
     losses,
     models,
@@ -66,6 +67,7 @@ from flaxlm import (
     randomness,
     runs,
     sharding,
+    token_ids,
     token_rows,
     tokenization,
     weights,
@@ -123,6 +125,9 @@ class DataTrainingArguments(arguments.DataArguments):
                 cli.fail(f"{flag}: refers to the rows of --{split}_file, which is not given")
             if path and not os.path.isfile(path):
                 cli.fail(f"{flag} {path}: no such file")
+            names = getattr(self, f"{split}_file")
+            if path and len(inputs.find(names, f"--{split}_file").paths) > 1:
+                cli.fail(f"{flag} {path}: refers to the rows of one file, and --{split}_file names several; put them into one")
 
     def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
         """BigBird sees all of a row."""
@@ -133,6 +138,8 @@ class DataTrainingArguments(arguments.DataArguments):
         path = getattr(self, f"{split}_ref_file")
         if path is None:
             return dataset
+        if files.find_token_column(dataset, self.text_column_name, self.token_depths):
+            cli.fail(f"--{split}_ref_file {path}: refers to rows of text, and the data is tokenised already")
         try:
             lines = Path(path).read_text("utf-8-sig").splitlines()
             references = [json.loads(line) for line in lines if line.strip()]
@@ -165,6 +172,8 @@ def tokenize_texts(
 
     Texts are truncated to `max_length` if that is given. A second column, `word_starts`, is 1 where a word begins.
     """
+    if token_ids.are_ids(batch[text_column]):
+        return take_tokens(batch[text_column], tokenizer, max_length, with_word_starts)
     keep = [i for i, text in enumerate(batch[text_column]) if text and not text.isspace()]
     texts = [batch[text_column][i] for i in keep]
     if not texts:
@@ -188,6 +197,22 @@ def tokenize_texts(
             continues = np.asarray(batch[REFERENCE_COLUMN][i], np.int64)
             starts[continues[(continues > 0) & (continues < len(starts))]] = 0
     return {"input_ids": encoding["input_ids"], "word_starts": word_starts}
+
+
+def take_tokens(
+    lists: Sequence[list[int] | None], tokenizer: PreTrainedTokenizerBase, max_length: int | None, with_word_starts: bool
+) -> dict[str, list]:
+    """The same of texts that are tokenised already: their tokens as they are. Words are found in what they stand for."""
+    input_ids = token_ids.known_ids(lists, tokenizer)
+    columns: dict[str, list] = {"input_ids": input_ids}
+    if with_word_starts:
+        columns["word_starts"] = list(map(find_word_starts, *token_ids.decode_with_offsets(input_ids, tokenizer)))
+    if max_length is None:
+        return columns
+    kept = [token_ids.truncated(ids, max_length, tokenizer) for ids in input_ids]
+    return {
+        name: [np.asarray(row)[positions] for row, positions in zip(rows, kept, strict=True)] for name, rows in columns.items()
+    }
 
 
 def find_word_starts(text: str, offsets: Sequence[tuple[int, int]], special_tokens_mask: Sequence[int]) -> np.ndarray:

@@ -65,6 +65,7 @@ from flaxlm import (
     runs,
     sentences,
     sharding,
+    token_ids,
     token_rows,
     tokenization,
     weights,
@@ -83,6 +84,7 @@ from flaxlm import (
 class DataTrainingArguments(arguments.DataArguments):
     """What to train on, how pairs are made of it, and how they are masked."""
 
+    token_depths: ClassVar[tuple[int, ...]] = (2,)
     limits: ClassVar = {"max_predictions_per_seq": (1, math.inf), "dupe_factor": (1, math.inf)}
 
     use_auth_token: bool = field(
@@ -225,15 +227,21 @@ def tokenize_texts(
 ) -> dict[str, list]:
     """Make pairs of the documents of one `Dataset.map` batch, as rows [CLS] A [SEP] B [SEP]; pairs in it stay as they are.
 
-    What is random follows from the texts, so it is the same in every run. Partners are found within the batch.
+    Documents may be tokenised already, as lists of sentences. What is random follows from the texts, so it is the same in
+    every run. Partners are found within the batch.
     """
     if "next_sentence_label" in batch:
         pairs = {"token_type_ids": [[0] * len(ids) for ids in batch["input_ids"]]} | dict(batch)
         pairs["next_sentence_label"] = [[label] for label in batch["next_sentence_label"]]
         return {name: pairs[name] for name in columns}
-    texts = [text for text in batch[text_column] if text and not text.isspace()]
-    documents = tokenize_documents(texts, tokenizer, sentence_language)
-    np_rng = randomness.host_rng(zlib.crc32("\n".join(texts).encode("utf-8", "surrogatepass")), "pairs")
+    if token_ids.are_ids(batch[text_column]):
+        documents = take_documents(batch[text_column], tokenizer)
+        seed = zlib.crc32(b"".join(array.astype(np.int32).tobytes() for document in documents for array in document))
+    else:
+        texts = [text for text in batch[text_column] if text and not text.isspace()]
+        documents = tokenize_documents(texts, tokenizer, sentence_language)
+        seed = zlib.crc32("\n".join(texts).encode("utf-8", "surrogatepass"))
+    np_rng = randomness.host_rng(seed, "pairs")
     rows: dict[str, list] = {"input_ids": [], "token_type_ids": [], "next_sentence_label": []}
     begin, end = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
     for _ in range(dupe_factor):
@@ -260,6 +268,18 @@ def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase,
     documents = []
     for size in sizes:
         found = [np.asarray(ids, np.int32) for ids in itertools.islice(tokens, size) if ids]
+        if found:
+            documents.append(Document(np.concatenate(found), np.cumsum([0, *map(len, found)])))
+    return documents
+
+
+def take_documents(lists: Sequence[list[list[int]] | None], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
+    """Documents whose sentences are tokenised already, without the tokens that mark borders: pairs have their own."""
+    borders = {tokenizer.cls_token_id, tokenizer.sep_token_id}
+    documents = []
+    for sentence_lists in lists:
+        known = token_ids.known_ids(sentence_lists or [], tokenizer)
+        found = [np.array(ids, np.int32) for ids in ([i for i in ids if i not in borders] for ids in known) if ids]
         if found:
             documents.append(Document(np.concatenate(found), np.cumsum([0, *map(len, found)])))
     return documents

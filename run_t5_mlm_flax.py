@@ -63,6 +63,7 @@ from flaxlm import (
     randomness,
     runs,
     sharding,
+    token_ids,
     token_rows,
     tokenization,
     weights,
@@ -126,7 +127,12 @@ class DataTrainingArguments(arguments.DataArguments):
 
 
 def tokenize_texts(batch: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, text_column: str) -> dict[str, list]:
-    """Tokenise the non-blank texts of one `Dataset.map` batch, each with the end-of-sequence token the tokenizer adds."""
+    """Tokenise the non-blank texts of one `Dataset.map` batch, each with the end-of-sequence token the tokenizer adds.
+
+    Of texts that are tokenised already the tokens are used as they are.
+    """
+    if token_ids.are_ids(batch[text_column]):
+        return {"input_ids": token_ids.known_ids(batch[text_column], tokenizer)}
     texts = [text for text in batch[text_column] if text and not text.isspace()]
     if not texts:
         return {"input_ids": []}

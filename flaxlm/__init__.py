@@ -5,8 +5,10 @@ Each module imports only those above it in this list (tests/test_house.py sees t
 
     cli          how a program talks and ends: flags, one line for a mistake, exit statuses, log, progress bars
     randomness   named streams of random numbers
+    addresses    files on other machines, by address
     formats      text in files of several formats, read table by table
-    files        text in local files, and what is prepared of it; writing other files whole or not at all
+    inputs       which files a flag names: lists, patterns, directories, addresses
+    files        text in files, and what is prepared of it; writing other files whole or not at all
     sentences    where the sentences of a text begin
     arguments    the flags that all training scripts share
     processes    several processes that train together, and being told to stop
@@ -17,6 +19,7 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     repositories    files of a model in a directory or on the Hub, and why they cannot be read
     configurations  loading, changing and checking them
     tokenization    loading tokenizers, fitting a configuration to one
+    token_ids    tokens that the data has already, instead of text
     layers       what models are made of, as it is fast
     positions    where tokens stand, and what attention makes of it
     attention    which tokens see which, and the ways to compute it

@@ -10,7 +10,7 @@ import datasets
 import flax.linen as nn
 from transformers import PretrainedConfig
 
-from flaxlm import files
+from flaxlm import addresses, files
 
 
 @dataclass
@@ -185,6 +185,7 @@ class DataArguments:
     """Which text to train on. An objective adds its own flags, and may override the methods."""
 
     row_length_flag: ClassVar[str] = "max_seq_length"  # the flag that sets the tokens per row
+    token_depths: ClassVar[tuple[int, ...]] = (1,)  # how data may be tokenised already, as in files.DEPTHS
     cuts_row_length: ClassVar[bool] = False  # what happens if it is more than the model can take: cut or refused
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # of the objective's own flags, as in LIMITS
 
@@ -196,12 +197,23 @@ class DataArguments:
     data_dir: str | None = field(default=None, metadata={"help": "Directory within the dataset to take data files from."})
     train_split_name: str | None = field(default=None, metadata={"help": "Split of the dataset to train on. Unset: train."})
     eval_split_name: str | None = field(default=None, metadata={"help": "Split to evaluate. Unset: validation, else held out."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "Training text: txt, csv, tsv, json, jsonl or parquet, also .gz, .bz2 or .xz."}
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Training text: txt, csv, tsv, json, jsonl or parquet, also .gz, .bz2 or .xz. Files, patterns, directories "
+            "or addresses (https://, hf://, s3://, gs://), several of them too, all of one format."
+        },
     )
-    validation_file: str | None = field(default=None, metadata={"help": "Evaluation text, formats as for train_file."})
+    validation_file: list[str] | None = field(default=None, metadata={"help": "Evaluation text, named as for train_file."})
+    encoding: str | None = field(
+        default=None, metadata={"help": "Encoding of txt, csv, tsv and json files, as Python names it. Unset: UTF-8."}
+    )
     text_column_name: str | None = field(
-        default=None, metadata={"help": "Column with the text. Unset: 'text' if there is one, else the first that holds words."}
+        default=None,
+        metadata={
+            "help": "Column with the text. Unset: input_ids if that holds lists of token ids, which are used as they are; "
+            "'text' if there is one; else the first that holds words."
+        },
     )
     document_attention: bool = field(
         default=False, metadata={"help": "Where a row holds several texts, tokens see those of their own text only."}
@@ -239,7 +251,8 @@ class DataArguments:
 
     def source_column(self, dataset: datasets.Dataset, collator: Any) -> str:
         """The column of which rows of tokens are made; mistakes in the data, or a stream's first rows, may be refused here."""
-        return files.find_text_column(dataset, self.text_column_name)
+        tokens = files.find_token_column(dataset, self.text_column_name, self.token_depths)
+        return tokens or files.find_text_column(dataset, self.text_column_name)
 
     def reason_for_no_rows(self, text_column: str) -> str:
         """Why all the data makes no row, and what to do; goes on from "the train data"."""
@@ -263,8 +276,13 @@ class Arguments(NamedTuple):
 
 
 def public(*arguments: Any) -> dict[str, Any]:
-    """All flags of this run except the secret ones, which are those that don't show in a repr."""
-    return {f.name: getattr(part, f.name) for part in arguments for f in dataclasses.fields(part) if f.repr}
+    """All flags of this run except the secret ones, which are those that don't show in a repr, and what signs an address."""
+    return {f.name: without_secrets(getattr(part, f.name)) for part in arguments for f in dataclasses.fields(part) if f.repr}
+
+
+def without_secrets(value: Any) -> Any:
+    """Addresses in a list of files as they may be shown to others."""
+    return [addresses.shown(word) for word in value] if isinstance(value, list) else value
 
 
 def changed_values(*arguments: Any) -> dict[str, Any]:
@@ -275,4 +293,9 @@ def changed_values(*arguments: Any) -> dict[str, Any]:
 
 def changed(*arguments: Any) -> str:
     """The same, as one would type them."""
-    return " ".join(f"--{name} {value}" for name, value in changed_values(*arguments).items())
+    return " ".join(f"--{name} {typed(value)}" for name, value in changed_values(*arguments).items())
+
+
+def typed(value: Any) -> Any:
+    """A value as one would type it: those of a list one after the other."""
+    return " ".join(value) if isinstance(value, list) else value

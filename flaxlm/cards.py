@@ -51,9 +51,9 @@ def write_model_card(
     repo_id: str | None,
 ) -> None:
     """README.md for people who find the model: what it was trained on and how, results, curves, how to load it."""
-    info, output_dir = run_info(script, args), args.training.output_dir
+    info, output_dir, flags = run_info(script, args), args.training.output_dir, arguments.changed_values(*args)
     source = args.model.model_name_or_path and shown_path(args.model.model_name_or_path)
-    data = shown_path(args.data.dataset_name or args.data.train_file or args.data.validation_file)
+    data = shown_path(args.data.dataset_name or flags.get("train_file") or flags.get("validation_file"))
     architecture = models.pytorch_class(model)
     draw_curves(os.path.join(output_dir, "training_curves.png"), curve, evaluations)
     table = "\n".join(f"| {label} | {figure} |" for label, figure in figures(results))
@@ -98,7 +98,7 @@ scores = model.apply({{"params": params}}, hidden, method="scores")
 
 ## How it was trained
 
-`python {info["script"]} {" ".join(f"--{k} {shown_path(v)}" for k, v in arguments.changed_values(*args).items())}`
+`python {info["script"]} {" ".join(f"--{k} {shown_path(v)}" for k, v in flags.items())}`
 
 {describe_changes(changes)}Devices: {len(info["devices"])} of kind {info["device_kind"]}. Versions: {versions}.
 """
@@ -117,6 +117,8 @@ def describe_changes(changes: Sequence[Mapping[str, Any]]) -> str:
 
 def shown_path(value: Any) -> Any:
     """The last part of what is a path of this machine, which is nobody else's business; anything else as it is."""
+    if isinstance(value, list):
+        return " ".join(map(shown_path, value))
     is_local = isinstance(value, str) and (os.path.isabs(value) or value.startswith((".", "~")) or os.path.exists(value))
     return os.path.basename(os.path.abspath(value)) if is_local else value
 

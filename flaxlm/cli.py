@@ -59,6 +59,15 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those behind it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # they may go in a circle
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
     """Whatever a library raises within is told in a line about `what`, which names flags: the net below better messages.
@@ -219,6 +228,9 @@ class ScriptArgumentParser(HfArgumentParser):
             action = self._option_string_actions.get(f"--{name}")  # the names of flags, and other names they go by
             if action is None:
                 fail(f"{path}: '{name}': {self.objection(name)}")
+            if isinstance(value, list) and action.nargs == "+":
+                argv += [f"--{name}", *self.words_of(value, f"{path}: '{name}'")]
+                continue
             if isinstance(value, dict | list):
                 fail(f"{path}: '{name}': takes one value, not a {'list' if isinstance(value, list) else 'JSON object'}")
             if isinstance(value, bool) and action.type is str:
@@ -228,6 +240,13 @@ class ScriptArgumentParser(HfArgumentParser):
             if value is not None:
                 argv.append(f"--{name}={value}")
         return argv
+
+    def words_of(self, values: list, what: str) -> list[str]:
+        """A list of a JSON file, as words of the command line."""
+        if not values or any(not isinstance(value, str) for value in values):
+            fail(f"{what}: must be a list of strings, of at least one")
+        # A name that begins with a hyphen would be a flag on the command line.
+        return [os.path.join(".", value) if value.startswith("-") else value for value in values]
 
     def format_help(self) -> str:
         """Flags by groups, each once: hyphens for underscores are accepted too, but not listed."""
@@ -254,6 +273,7 @@ class FlagFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         kind = "|".join(map(str, action.choices)) if action.choices else {int: "N", float: "X"}.get(action.type, "TEXT")
         value = "" if action.nargs == 0 or isinstance(action.default, bool) else f" {kind}"
+        value += " ..." if action.nargs == "+" else ""
         return ", ".join(string for string in action.option_strings if "-" not in string.strip("-")) + value
 
 
@@ -261,7 +281,8 @@ def check_text(part: Any) -> None:
     """Refuse text that no path and no tokenizer can take: NUL, or half of a surrogate pair that stands for no byte."""
     for name, value in vars(part).items():
         try:
-            is_text = not isinstance(value, str) or b"\0" not in os.fsencode(value)
+            words = value if isinstance(value, list) else [value]
+            is_text = not any(isinstance(word, str) and b"\0" in os.fsencode(word) for word in words)
         except UnicodeEncodeError:
             is_text = False
         if not is_text:

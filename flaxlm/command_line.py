@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from flaxlm import arguments, cli, files, identity, outputs, selection
+from flaxlm import arguments, cli, formats, identity, inputs, outputs, selection
 
 # Headings of --help; an objective's own flags stand above them.
 GROUPS = {
@@ -61,7 +61,7 @@ def parse(
     check_training_arguments(args.training)
     check_model_arguments(args.model, args.training, classes)
     if not args.training.compile_for:
-        check_data_arguments(args.data, args.training)
+        check_data_arguments(args.data, args.training, args.model.token)
         check_output_dir(args.training)
     args.data.check(args.model)
     selection.check(args.training)
@@ -117,10 +117,11 @@ def check_numbers(part: Any) -> None:
 
 
 def check_paths(args: arguments.Arguments) -> None:
-    """Files and directories are local ones; of the Hub there are names."""
+    """Files and directories are local ones, but for text to read; of the Hub there are names."""
     remedies = {
         "output_dir": "write to a local directory and copy it afterwards, or use --push_to_hub",
         "cache_dir": "name a local directory",
+        "dataset_name": "give files at an address to --train_file",
     }
     for part in args:
         for name, value in vars(part).items():
@@ -158,7 +159,9 @@ def check_training_arguments(training_args: arguments.TrainingArguments) -> None
         cli.fail(f"--lr_scheduler_type {training_args.lr_scheduler_type}: not with --groupbert_schedule, which is linear")
 
 
-def check_data_arguments(data_args: arguments.DataArguments, training_args: arguments.TrainingArguments) -> None:
+def check_data_arguments(
+    data_args: arguments.DataArguments, training_args: arguments.TrainingArguments, token: str | None = None
+) -> None:
     """Is there data, and of a kind that can be read?"""
     if data_args.streaming and training_args.do_train and training_args.max_steps < 1:
         cli.fail("--streaming: needs --max_steps, since the length of a stream is not known")
@@ -174,8 +177,9 @@ def check_data_arguments(data_args: arguments.DataArguments, training_args: argu
     if data_args.eval_split_name and data_args.validation_file:
         cli.fail("--eval_split_name, --validation_file: name one thing to evaluate")
     for name in ("train_file", "validation_file"):
-        if getattr(data_args, name):
-            files.check_text_file(getattr(data_args, name), f"--{name}")
+        found = inputs.find(getattr(data_args, name), f"--{name}", token) if getattr(data_args, name) else None
+        if data_args.encoding:
+            formats.check_encoding_name(data_args.encoding, found.paths if found else [])
 
 
 def check_model_arguments(

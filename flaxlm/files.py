@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files: text in local ones and what is prepared of it; writing others whole or not at all."""
+"""Files: text in them and what is prepared of it; writing others whole or not at all."""
 
 import contextlib
 import datetime
 import errno
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
@@ -18,19 +19,11 @@ import datasets
 import pyarrow as pa
 from datasets.iterable_dataset import ExamplesIterable
 
-from flaxlm import cli, formats
+from flaxlm import addresses, cli, formats, inputs
+
+logger = logging.getLogger(__name__)
 
 # ---- Text ----------------------------------------------------------------------------------------------------------------
-
-
-def check_text_file(path: str, flag: str) -> None:
-    if formats.loader_of(path) is None:
-        known = ", ".join(formats.DATA_LOADERS)
-        cli.fail(f"{flag} {path}: unknown suffix; use {known}, or one of these with .gz, .bz2 or .xz")
-    if not os.path.isfile(path):
-        cli.fail(f"{flag} {path}: no such file")
-    if os.path.getsize(path) == 0:
-        cli.fail(f"{flag} {path}: is empty")
 
 
 class TextFiles(NamedTuple):
@@ -39,32 +32,74 @@ class TextFiles(NamedTuple):
     paths: Sequence[str]
     flag: str  # what named them, for messages
     loader: str
-    options: Mapping[str, Any]  # keep_linebreaks or sample_by for text, sep for csv
+    options: Mapping[str, Any]  # keep_linebreaks or sample_by for text, sep for csv; encoding if it is not UTF-8
+    token: str | None = None  # for addresses of the Hub
 
 
-def text_file(path: str, flag: str, text_options: Mapping[str, Any] | None = None) -> TextFiles:
-    """One file. `text_options` are for txt files only."""
-    loader = formats.loader_of(path)
-    options = {"text": text_options or {}, "csv": {"sep": "\t" if formats.suffixes(path)[0] == "tsv" else ","}}
-    return TextFiles([path], flag, loader, options.get(loader, {}))
+def text_files(
+    names: str | Sequence[str],
+    flag: str,
+    text_options: Mapping[str, Any] | None = None,
+    encoding: str | None = None,
+    token: str | None = None,
+) -> TextFiles:
+    """The files that a flag names, and the log says how many. `text_options` are for txt files only."""
+    found = inputs.find(names, flag, token)
+    if encoding:
+        formats.check_encoding_name(encoding, found.paths)
+    if len(found.paths) > 1 or found.num_ignored:
+        ignored = f", and {found.num_ignored} of other formats, which are ignored" if found.num_ignored else ""
+        logger.info("%s %s: %d file(s)%s", flag, inputs.shown(names), len(found.paths), ignored)
+    if found.repeated:
+        example = addresses.shown(found.repeated[0])
+        logger.warning("%s: names %d file(s) twice, which are read once: %s", flag, len(found.repeated), example)
+    suffix, loader = formats.suffixes(found.paths[0])[0], formats.loader_of(found.paths[0])
+    options = {"text": text_options or {}, "csv": {"sep": "\t" if suffix == "tsv" else ","}}.get(loader, {})
+    return TextFiles(found.paths, flag, loader, {**options, **with_encoding(encoding)}, token)
 
 
-def load(path: str, flag: str, cache_dir: str | None, text_options: Mapping[str, Any] | None = None, streaming: bool = False):
-    """Read one local file: a Dataset, or with `streaming` an IterableDataset of the same rows. `flag` is what named it."""
-    files = text_file(path, flag, text_options)
+def with_encoding(encoding: str | None) -> dict[str, str]:
+    return {"encoding": encoding} if encoding else {}
+
+
+def load(
+    names: str | Sequence[str],
+    flag: str,
+    cache_dir: str | None,
+    text_options: Mapping[str, Any] | None = None,
+    streaming: bool = False,
+    encoding: str | None = None,
+    token: str | None = None,
+):
+    """Read files: a Dataset, or with `streaming` an IterableDataset of the same rows. `flag` is what named them."""
+    files = text_files(names, flag, text_options, encoding, token)
     return stream_rows(files) if streaming else load_rows(files, cache_dir)
 
 
 def load_rows(files: TextFiles, cache_dir: str | None) -> datasets.Dataset:
     """All rows, converted to a file of the cache that is mapped into memory; again when one of the files has changed."""
-    stamps = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files.paths]
+    stamps, is_known = stamp(files)
     fingerprint = datasets.fingerprint.Hasher.hash((stamps, files.loader, sorted(files.options.items())))
     with using_cache(cache_dir) as directory:
         target = os.path.join(directory, f"text-{fingerprint}.arrow")
-        if not os.path.exists(target):
+        if not (is_known and os.path.exists(target)):
             with replacing(target) as temporary:
                 write_arrow(temporary, formats.read_tables(*files))
         return datasets.Dataset.from_file(target)
+
+
+def stamp(files: TextFiles) -> tuple[list[Any], bool]:
+    """By what files are known again as long as they have not changed; False if an address tells nothing of that."""
+    stamps, is_known = [], True
+    for path in files.paths:
+        if addresses.is_address(path):
+            with addresses.told_of(files.flag, path):
+                told, _, tells_changes = addresses.stamp(path, files.flag, files.token)
+            stamps.append(told)
+            is_known &= tells_changes
+        else:
+            stamps.append((os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns))
+    return stamps, is_known
 
 
 def write_arrow(path: str, tables: Iterator[pa.Table]) -> None:
@@ -94,12 +129,31 @@ def first_rows(files: TextFiles, count: int) -> datasets.Dataset:
     return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(tables).slice(0, count)))
 
 
-def is_saved_to_disk(name: str) -> bool:
-    """Is it a directory that Dataset.save_to_disk or DatasetDict.save_to_disk wrote?"""
-    return any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json"))
-
-
 # ---- The column with the text --------------------------------------------------------------------------------------------
+
+
+TOKENS = "input_ids"  # the column of data that is tokenised already
+DEPTHS = {1: "a list of token ids in each row", 2: "a list of sentences in each row, each a list of token ids"}
+
+
+def find_token_column(dataset: datasets.Dataset, text_column_name: str | None, depths: Sequence[int]) -> str | None:
+    """The column with token ids, unless another one is named or it is of another kind; `depths` are the lists it may hold."""
+    if TOKENS not in dataset.features or text_column_name not in (None, TOKENS):
+        return None
+    depth, inner = 0, dataset.features[TOKENS]
+    while isinstance(inner, datasets.List | datasets.LargeList):
+        depth, inner = depth + 1, inner.feature
+    texts = [name for name, feature in dataset.features.items() if kind_of(feature) == "text"]
+    is_whole = str(getattr(inner, "dtype", "")).startswith(("int", "uint"))
+    if depth == 0 or (not is_whole and texts and text_column_name is None):
+        return None
+    if not is_whole or depth not in depths:
+        kind = f"{'lists of ' * depth}{getattr(inner, 'dtype', 'objects')}"
+        wanted = " or ".join(DEPTHS[depth] for depth in depths)
+        cli.fail(f"column {TOKENS} holds {kind}; wanted is {wanted}, or text in another column")
+    if texts and text_column_name is None:
+        cli.log_once("The data has text too, in column '%s': --text_column_name %s tokenises that instead.", texts[0], texts[0])
+    return TOKENS
 
 
 TEXT_TYPES = ("string", "large_string", "string_view")
@@ -186,22 +240,13 @@ def using_cache(cache_dir: str | None) -> Iterator[str]:
     except cli.Ending:
         raise
     except Exception as error:
-        cause = next((cause for cause in causes(error) if is_about_writing(cause, root)), None)
+        cause = next((cause for cause in cli.causes(error) if is_about_writing(cause, root)), None)
         if cause is None:
             raise
         place = f"{root}, where prepared text is kept, cannot be written to: {os.strerror(cause.errno)}"
         if cause.errno in FULL:
             raise cli.Accident(f"{place}; make room, or name another directory with --cache_dir") from error
         cli.fail(f"{place}; name another directory with --cache_dir")
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those behind it."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:  # they may go in a circle
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def is_about_writing(error: BaseException, directory: str) -> bool:

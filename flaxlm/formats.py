@@ -3,6 +3,7 @@
 
 import bz2
 import codecs
+import contextlib
 import csv
 import functools
 import glob
@@ -12,6 +13,7 @@ import itertools
 import logging
 import lzma
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.packaged_modules.json.json import Json
 
-from flaxlm import cli
+from flaxlm import addresses, cli
 
 # By suffix: the format, as `datasets` calls it. A compression is told by a second suffix.
 DATA_LOADERS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "tsv": "csv"}
@@ -31,7 +33,7 @@ COMPRESSIONS: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.
 
 def suffixes(path: str) -> tuple[str, str]:
     """What tells the format of a file and what tells its compression, in lower case; "" where there is none."""
-    name = os.path.basename(path).lower()
+    name = os.path.basename(addresses.path_of(path)).lower()
     compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
     return name.removesuffix(compression).rpartition(".")[2], compression
 
@@ -45,49 +47,82 @@ ROWS_PER_TABLE = 1000
 CHARACTERS_PER_TABLE = 2**20
 
 
-def read_tables(paths: Sequence[str], flag: str, loader: str, options: Mapping[str, Any]) -> Iterator[pa.Table]:
+def read_tables(
+    paths: Sequence[str], flag: str, loader: str, options: Mapping[str, Any], token: str | None = None
+) -> Iterator[pa.Table]:
     """The rows of files of one format, all in the columns of the first.
 
     Args:
-        paths: local files.
+        paths: local files, or addresses.
         flag: what named them: a file that cannot be read ends the program with a line that names both.
         loader: the format.
-        options: of the function that reads it.
+        options: of the function that reads it: `encoding`, unless the text is UTF-8, and what the format needs.
+        token: for addresses of the Hub.
     """
     schema = None
     for path in paths:
-        what = f"{flag} {path}: is empty or cannot be read as {loader}"
+        what = f"{flag} {addresses.shown(path)}: is empty or cannot be read as {loader}"
         with cli.reading(what):
             try:
-                for table in READERS[loader](path, **options):
+                for table in READERS[loader](path, token=token, **options):
                     plain = as_plain_types(table)
                     schema = schema or plain.schema
                     yield plain if plain.schema.equals(schema) else fit_columns(plain, schema)
-            except (UnicodeDecodeError, pa.ArrowInvalid) as error:
-                if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
-                    cli.fail(f"{what}: {NOT_UTF8} ISO-8859-1 -t UTF-8`")
+            except (UnicodeError, pa.ArrowInvalid) as error:
+                if options.get("encoding") and isinstance(error, UnicodeError):
+                    cli.fail(f"{what}: its text is not {options['encoding']}; name another --encoding")
+                if isinstance(error, UnicodeError) or "UTF8" in str(error):
+                    cli.fail(f"{what}: {not_utf8('ISO-8859-1')}")
                 raise
             except UnreadableError as error:
                 cli.fail(f"{what}: {error}")
+            except Exception as error:
+                if addresses.is_address(path) and any(map(addresses.is_about_network, cli.causes(error))):
+                    raise addresses.explain(f"{flag} {addresses.shown(path)}", error) from error
+                raise
 
 
-NOT_UTF8 = "its text is not UTF-8; convert it, for example with `iconv -f"
+def not_utf8(encoding: str) -> str:
+    """What is wrong with text that may be of that encoding, and what to do."""
+    return (
+        f"its text is not UTF-8; name its encoding, for example with --encoding {encoding}, or convert it, for example with"
+        f" `iconv -f {encoding} -t UTF-8`"
+    )
 
 
 class UnreadableError(Exception):
     """What a person would have to change in a file."""
 
 
-def open_bytes(path: str) -> Any:
+def check_encoding_name(encoding: str, paths: Sequence[str]) -> None:
+    """Refuse an --encoding that Python has not, or not for text, and files that have one of their own."""
+    try:
+        with io.TextIOWrapper(io.BytesIO(), encoding) as file:
+            file.read()
+    except Exception as error:  # LookupError, or whatever a codec of another kind raises
+        cli.fail(f"--encoding {encoding}: is no encoding of text that Python knows: {cli.first_line(error)}")
+    for path in paths:
+        if loader_of(path) == "parquet":
+            cli.fail(f"--encoding {encoding}: not for {addresses.shown(path)}; text in parquet files is always UTF-8")
+
+
+def open_bytes(path: str, token: str | None = None) -> Any:
     """A file opened for reading, decompressed as its suffix says."""
-    return COMPRESSIONS.get(suffixes(path)[1], open)(path, "rb")
+    decompress = COMPRESSIONS.get(suffixes(path)[1])
+    if not addresses.is_address(path):
+        return (decompress or open)(path, "rb")
+    file = addresses.open_file(path, token)
+    return decompress(file, "rb") if decompress else file
 
 
-def open_text(path: str, newline: str | None = None) -> io.TextIOWrapper:
+def open_text(path: str, token: str | None = None, encoding: str | None = None, newline: str | None = None) -> io.TextIOWrapper:
     """The same as text, without a byte-order mark; `newline` as for open()."""
-    file = open_bytes(path)
-    check_encoding(file)
-    return io.TextIOWrapper(file, "utf-8-sig", newline=newline)
+    file = open_bytes(path, token)
+    if encoding is None:
+        check_encoding(file)
+    elif codecs.lookup(encoding).name == "utf-8":
+        encoding = None
+    return io.TextIOWrapper(file, encoding or "utf-8-sig", newline=newline)
 
 
 def check_encoding(file: Any) -> None:
@@ -95,16 +130,22 @@ def check_encoding(file: Any) -> None:
     head = file.peek(4096)[:4096]
     for mark, encoding in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
         if head.startswith(mark):
-            raise UnreadableError(f"{NOT_UTF8} {encoding} -t UTF-8`")
+            raise UnreadableError(not_utf8(encoding))
     if head.count(0) > len(head) / 4:
-        raise UnreadableError(f"{NOT_UTF8} UTF-16{'LE' if head[1:2] == bytes(1) else 'BE'} -t UTF-8`")
+        raise UnreadableError(not_utf8(f"UTF-16{'LE' if head[1:2] == bytes(1) else 'BE'}"))
 
 
-def read_text(path: str, keep_linebreaks: bool = False, sample_by: str = "line") -> Iterator[pa.Table]:
+def read_text(
+    path: str,
+    token: str | None = None,
+    encoding: str | None = None,
+    keep_linebreaks: bool = False,
+    sample_by: str = "line",
+) -> Iterator[pa.Table]:
     """A row per line, with or without its line break; or per "paragraph": what blank lines divide."""
     yield text_table([])
     rest = ""
-    with open_text(path) as file:
+    with open_text(path, token, encoding) as file:
         while chunk := file.read(CHARACTERS_PER_TABLE):
             chunk += file.readline()
             if sample_by == "paragraph":
@@ -122,10 +163,10 @@ def text_table(texts: Sequence[str]) -> pa.Table:
     return pa.table({"text": pa.array(texts, pa.string())})
 
 
-def read_csv(path: str, sep: str) -> Iterator[pa.Table]:
+def read_csv(path: str, sep: str, token: str | None = None, encoding: str | None = None) -> Iterator[pa.Table]:
     """A row per record; all columns are text, as it is written: NA, 007 and 1.0 too. Surplus fields are an error."""
     csv.field_size_limit(sys.maxsize)
-    with open_text(path, newline="") as file:
+    with open_text(path, token, encoding, newline="") as file:
         lines: list[str] = []  # of the record that is being read
         reader = csv.reader(noting(file, lines), delimiter=sep)
         names = distinct_names(next((row for row in reader if is_record(row)), []))
@@ -184,16 +225,47 @@ def csv_table(names: Sequence[str], records: Sequence[Sequence[str]]) -> pa.Tabl
     return pa.table([pa.array(column, pa.string()) for column in columns], list(names))
 
 
-def read_json(path: str) -> Iterator[pa.Table]:
+def read_json(path: str, token: str | None = None, encoding: str | None = None) -> Iterator[pa.Table]:
     """Rows of JSON lines, or of one JSON list, as `datasets` understands them."""
+    is_utf8 = encoding is None or codecs.lookup(encoding).name == "utf-8"
+    if not is_utf8 or addresses.is_address(path):
+        yield from read_json_blocks(path, token, encoding)
+        return
     with open_bytes(path) as file:
         check_encoding(file)
+    yield from read_json_file(path)
+
+
+def read_json_blocks(path: str, token: str | None, encoding: str | None) -> Iterator[pa.Table]:
+    """The same by way of a temporary file, in UTF-8: so many lines at a time as `datasets` reads, or all of a list."""
+    features = None
+    with open_text(path, token, encoding) as file, tempfile.TemporaryDirectory() as directory:
+        block = os.path.join(directory, "block.json")
+        while text := file.read(JSON_BLOCK):
+            with open(block, "w", encoding="utf-8", errors="surrogatepass", newline="") as copy:
+                copy.write(text + file.readline())
+                if text.lstrip().startswith("[") and features is None:
+                    shutil.copyfileobj(file, copy)
+            tables = read_json_file(block, features)
+            first = next(tables)
+            features = features or datasets.Features.from_arrow_schema(first.schema)
+            yield first
+            yield from tables
+
+
+JSON_BLOCK = 10 * 2**20  # characters
+
+
+def read_json_file(path: str, features: datasets.Features | None = None) -> Iterator[pa.Table]:
+    """The rows of a local file in UTF-8; with `features` in these columns."""
     logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)  # told once, by read_tables
     with tempfile.TemporaryDirectory() as directory:
         # Under a plain name: `datasets` takes some characters of a path for patterns or for a chain of archives.
         alias = os.path.join(directory, f"rows.json{suffixes(path)[1]}")
         os.symlink(os.path.abspath(path), alias)
-        builder = Json(cache_dir=directory, data_files={"train": [glob.escape(alias)]}, parse_agent_traces=False)
+        builder = Json(
+            cache_dir=directory, data_files={"train": [glob.escape(alias)]}, parse_agent_traces=False, features=features
+        )
         rows = builder.as_streaming_dataset(split="train")
         is_empty = True
         for table in rows.with_format("arrow").iter(ROWS_PER_TABLE):
@@ -203,8 +275,13 @@ def read_json(path: str) -> Iterator[pa.Table]:
             raise UnreadableError("there are no rows in it")
 
 
-def read_parquet(path: str) -> Iterator[pa.Table]:
-    with open_bytes(path) as file:
+def read_parquet(path: str, token: str | None = None) -> Iterator[pa.Table]:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_bytes(path, token))
+        if addresses.is_address(path) and (suffixes(path)[1] or not file.seekable()):  # its end is read first
+            local = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(file, local)
+            file = local
         parquet = pq.ParquetFile(file)
         yield parquet.schema_arrow.empty_table()
         for batch in parquet.iter_batches(ROWS_PER_TABLE):

@@ -14,7 +14,7 @@ from typing import Any
 
 import huggingface_hub
 
-from flaxlm import arguments, cli, outputs, processes, streams
+from flaxlm import addresses, arguments, cli, outputs, processes
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Hub:
         if status is not None:
             return status in (408, 429) or status >= 500
         is_gateway = isinstance(cause, json.JSONDecodeError)  # which answers in HTML, where the client reads JSON
-        return is_gateway or streams.is_about_network(cause)
+        return is_gateway or addresses.is_about_network(cause)
 
 
 def client_factory(seconds: float) -> Callable[[], Any]:

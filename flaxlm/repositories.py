@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from flaxlm import cli, files
+from flaxlm import cli
 
 
 def find_file(source: str, name: str, options: Mapping[str, Any]) -> str:
@@ -63,7 +63,7 @@ def plain_reason(error: Exception, options: Mapping[str, Any]) -> str:
     lines = str(error.__cause__ if is_strict and error.__cause__ else error).strip().splitlines()
     reason = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1]) or type(error).__name__
     reason = reason.strip("\"'") if isinstance(error, KeyError) else reason
-    answers = (getattr(cause, "response", None) for cause in files.causes(error))
+    answers = (getattr(cause, "response", None) for cause in cli.causes(error))
     status = next((answer.status_code for answer in answers if answer is not None), None)
     if status in REFUSALS:
         return f"{REFUSALS[status]} (HTTP {status})"

@@ -16,7 +16,7 @@ import datasets.distributed
 import jax
 import numpy as np
 
-from flaxlm import arguments, cli, files, processes, randomness, text, token_rows
+from flaxlm import addresses, arguments, cli, files, inputs, processes, randomness, text, token_rows
 from flaxlm.token_rows import Collator, TokenizeFn, TokenRows
 
 logger = logging.getLogger(__name__)
@@ -45,15 +45,15 @@ class TextStream:
         self.collator, self.window_size, self.seed, self.source = collator, window_size, seed, source
         self.identity = ""
 
-    def take(self, examples: Iterator[Mapping[str, Any]], count: int) -> list[str]:
-        """The next texts; fewer at the end of the data. A row without one counts as an empty text."""
+    def take(self, examples: Iterator[Mapping[str, Any]], count: int) -> list[Any]:
+        """The next texts, or lists of their tokens; fewer at the end of the data. A row without one counts as an empty text."""
         with told_of_streams(self.source):
             rows = list(itertools.islice(examples, count))
         if any(self.text_column not in row for row in rows):
             cli.log_once("%s: some rows have no column '%s': they count as empty.", self.source, self.text_column)
         return [row.get(self.text_column) or "" for row in rows]
 
-    def make_rows(self, texts: list[str], carried: Mapping[str, list[int]]) -> tuple[TokenRows, dict[str, list[int]]]:
+    def make_rows(self, texts: list[Any], carried: Mapping[str, list[int]]) -> tuple[TokenRows, dict[str, list[int]]]:
         """Tokenise texts into full rows, and what is left over."""
         tokenized, row_length = self.tokenize_fn({self.text_column: texts}), self.collator.row_length
         rows, left_over = {}, {}
@@ -123,19 +123,12 @@ def told_of_streams(source: str) -> Iterator[None]:
     try:
         with cli.reading(f"{source}: cannot be read further"):
             yield
-    except cli.Mistake as mistake:
-        error = next((error for error in files.causes(mistake) if is_about_network(error)), None)
+    except cli.Ending as ending:
+        error = next((error for error in cli.causes(ending) if addresses.is_about_network(error)), None)
         if error is None:
             raise
         advice = "if a checkpoint was saved, the same command with --resume_from_checkpoint goes on from it"
-        raise cli.Accident(f"{source}: the network failed: {cli.first_line(error)}; {advice}") from mistake
-
-
-NETWORK_PACKAGES = {"aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "requests", "urllib3"}
-
-
-def is_about_network(error: BaseException) -> bool:
-    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0] in NETWORK_PACKAGES
+        raise cli.Accident(f"{source}: the network failed: {cli.first_line(error)}; {advice}") from ending
 
 
 def open_shard(source: text.Source, num_skipped: int) -> datasets.IterableDataset:
@@ -177,9 +170,9 @@ def open_streams(
 
 def name_of(split: str, data_args: arguments.DataArguments) -> str:
     """A split as messages begin: the flag that names it, and what."""
-    path = getattr(data_args, f"{split}_file")
-    by_name = data_args.dataset_name and not (split == "validation" and path)
-    return f"--dataset_name {data_args.dataset_name} ({split})" if by_name else f"--{split}_file {path}"
+    names = getattr(data_args, f"{split}_file")
+    by_name = data_args.dataset_name and not (split == "validation" and names)
+    return f"--dataset_name {data_args.dataset_name} ({split})" if by_name else f"--{split}_file {inputs.shown(names)}"
 
 
 def find_column(split: str, source: text.Source, collator: Collator, data_args: arguments.DataArguments) -> str:
@@ -228,7 +221,7 @@ def identify(stream: TextStream, num_held_out: int) -> str:
         batch = [] if has_labels else stream.take(examples, 100)
         if not batch:
             break
-    checksum = zlib.crc32("\0".join(texts).encode("utf-8", "surrogatepass"))
+    checksum = zlib.crc32("\0".join(map(str, texts)).encode("utf-8", "surrogatepass"))
     shards = processes.gather_json([checksum, num_held_out, num_rows, has_labels])
     if any(shard[2] for shard in shards) and not any(shard[3] for shard in shards):
         token_rows.refuse_without_labels("train")

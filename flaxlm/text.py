@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pandas
 
-from flaxlm import arguments, cli, files, formats, randomness
+from flaxlm import arguments, cli, files, formats, inputs, randomness
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +39,17 @@ def find_sources(args: arguments.Arguments) -> dict[str, Source]:
     text_options = data_args.text_loader_options()
     if data_args.dataset_name:
         if data_args.train_file:
-            logger.warning("--train_file %s is not read: the data is --dataset_name.", data_args.train_file)
+            logger.warning("--train_file %s is not read: the data is --dataset_name.", inputs.shown(data_args.train_file))
         common = {"data_dir": data_args.data_dir, "cache_dir": args.model.cache_dir, "token": args.model.token}
         named = (data_args.dataset_name, data_args.dataset_config_name)
-        found = find_named_splits(*named, **common, text_options=text_options, streaming=data_args.streaming)
+        options = {"text_options": text_options, "encoding": data_args.encoding, "streaming": data_args.streaming}
+        found = find_named_splits(*named, **common, **options)
         sources = {role: found[split] for role, split in choose_splits(list(found), args).items()}
-    elif data_args.train_file:
-        sources["train"] = files.text_file(data_args.train_file, "--train_file", text_options)
+    options = {"text_options": text_options, "encoding": data_args.encoding, "token": args.model.token}
+    if data_args.train_file and not data_args.dataset_name:
+        sources["train"] = files.text_files(data_args.train_file, "--train_file", **options)
     if data_args.validation_file:
-        sources["validation"] = files.text_file(data_args.validation_file, "--validation_file", text_options)
+        sources["validation"] = files.text_files(data_args.validation_file, "--validation_file", **options)
     return sources
 
 
@@ -83,20 +85,31 @@ def find_named_splits(
     token: str | None = None,
     text_options: Mapping[str, Any] | None = None,
     streaming: bool = False,
+    encoding: str | None = None,
 ) -> dict[str, Source]:
-    """All splits of a dataset, by their names. `text_options` say how its txt files are read, if it has such."""
+    """All splits of a dataset, by their names. `text_options` say how its txt files are read, if it has such.
+
+    An `encoding` is for local files of text; anywhere else it is refused.
+    """
     if os.path.isfile(name):
         cli.fail(f"--dataset_name {name}: is a file; read it with --train_file")
     with cli.reading(f"--dataset_name {name}: cannot be loaded"):
-        if files.is_saved_to_disk(name):
+        if inputs.is_saved_to_disk(name):
+            refuse_encoding(encoding, name)
             loaded = datasets.load_from_disk(name)
             return dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
-        found = find_text_files(name, config_name, data_dir, text_options or {}) if os.path.isdir(name) else None
+        found = find_text_files(name, config_name, data_dir, text_options or {}, encoding) if os.path.isdir(name) else None
         if found:
             return found
+        refuse_encoding(encoding, name)
         logger.info("Loading dataset %s", name)
         with files.using_cache(cache_dir):
             return load_with_library(name, config_name, data_dir, cache_dir, token, text_options or {}, streaming)
+
+
+def refuse_encoding(encoding: str | None, name: str) -> None:
+    if encoding:
+        cli.fail(f"--encoding {encoding}: not for --dataset_name {name}; it is for local txt, csv, tsv and json files")
 
 
 def load_with_library(
@@ -132,7 +145,11 @@ def loader_of(builder: datasets.DatasetBuilder) -> str:
 
 
 def find_text_files(
-    directory: str, config_name: str | None, data_dir: str | None, text_options: Mapping[str, Any]
+    directory: str,
+    config_name: str | None,
+    data_dir: str | None,
+    text_options: Mapping[str, Any],
+    encoding: str | None = None,
 ) -> dict[str, files.TextFiles] | None:
     """The files of a local directory by splits, which `datasets` tells by their names; None if we cannot read their format."""
     with plain_names(directory) as (mirror, links), tempfile.TemporaryDirectory() as cache_dir:
@@ -149,7 +166,10 @@ def find_text_files(
     is_special = any(getattr(config, f.name) != f.default for f in dataclasses.fields(config) if f.name not in usual)
     if is_special or any(formats.loader_of(path) != loader for paths in splits.values() for path in paths):
         return None
+    if encoding:
+        formats.check_encoding_name(encoding, [path for paths in splits.values() for path in paths])
     options = {"text": text_options, "csv": {"sep": getattr(config, "sep", ",")}}.get(loader, {})
+    options = {**options, **files.with_encoding(encoding)}
     return {split: files.TextFiles(paths, f"--dataset_name {directory}:", loader, options) for split, paths in splits.items()}
 
 
@@ -219,7 +239,7 @@ def load_splits(args: arguments.Arguments, collator: Any) -> dict[str, datasets.
     splits = {role: load_source(sources[role], args.model.cache_dir) for role in needed}
     for role, dataset in splits.items():
         if len(dataset) == 0:
-            name = args.data.dataset_name or getattr(args.data, f"{role}_file")
+            name = args.data.dataset_name or inputs.shown(getattr(args.data, f"{role}_file"))
             cli.fail(f"the {role} data is empty: {name} has no rows")
         if getattr(sources[role], "flag", "") == f"--{role}_file":
             splits[role] = args.data.add_columns(dataset, role)

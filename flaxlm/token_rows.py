@@ -76,7 +76,8 @@ def tokenize_and_group(
         column_fn = column_function(tokenize_fn, text_column, collator)
         parts = {"text_column": text_column, "columns": list(collator.columns)}
         result = datasets.fingerprint.update_fingerprint(dataset._fingerprint, code, parts)
-        tokenized = tokenize(dataset, column_fn, split, result, list(collator.columns), data_args, cache_dir)
+        with told_of_split(split):
+            tokenized = tokenize(dataset, column_fn, split, result, list(collator.columns), data_args, cache_dir)
         if sum(len(values) for values, _ in token_chunks(tokenized, "input_ids")) == 0:
             cli.fail(f"the {split} data {data_args.reason_for_no_rows(text_column)}")
         if collator.line_by_line:
@@ -94,12 +95,21 @@ def column_function(tokenize_fn: TokenizeFn, text_column: str, collator: Collato
 
 def source_column(split: str, dataset: datasets.Dataset, collator: Collator, data_args: arguments.DataArguments) -> str:
     """The column of a split that rows of tokens are made of; the log names it, and a mistake the split."""
-    try:
+    with told_of_split(split):
         column = data_args.source_column(dataset, collator)
+    is_tokenized = column == files.TOKENS and files.kind_of(dataset.features[column]) == "lists"
+    said = ", which is tokenised already and used as it is" if is_tokenized else ""
+    logger.info("The %s data is column '%s'%s.", split, column, said)
+    return column
+
+
+@contextlib.contextmanager
+def told_of_split(split: str) -> Iterator[None]:
+    """A mistake within names the split."""
+    try:
+        yield
     except cli.Mistake as mistake:
         raise cli.Mistake(f"{mistake} (in the {split} data)") from mistake
-    logger.info("The %s data is column '%s'.", split, column)
-    return column
 
 
 def fingerprint(tokenize_fn: TokenizeFn) -> str:

@@ -218,7 +218,13 @@ def messages_logged(monkeypatch) -> list[str]:
     monkeypatch.setattr(cli.logger, "handlers", [Noting()])
     monkeypatch.setattr(cli.logger, "propagate", False)
     monkeypatch.setattr(cli.logger, "level", logging.INFO)
-    for name in ("flaxlm", "flaxlm.logs", "flaxlm.outputs"):  # each remembers what it may say
+    for name in (
+        "flaxlm",
+        "flaxlm.files",
+        "flaxlm.logs",
+        "flaxlm.outputs",
+        "flaxlm.token_rows",
+    ):  # each remembers what it may say
         logging.getLogger(name)._cache.clear()
     return said
 

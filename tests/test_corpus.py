@@ -149,7 +149,7 @@ def test_other_encodings_are_refused(encoding, name, streaming, prepare, refuses
     content = "\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in lines) if "json" in name else content
     raw = content.encode(encoding)
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
-    with refuses(f"--validation_file {tmp_path / name}: .*not UTF-8; convert it, for example with `iconv -f "):
+    with refuses(f"--validation_file {tmp_path / name}: .*not UTF-8; name its encoding, .*--encoding .*`iconv -f "):
         prepare("--validation_file", tmp_path / name, "--do_eval", streaming=streaming)
 
 

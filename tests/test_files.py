@@ -168,4 +168,4 @@ def test_write_json_is_standard_json(tmp_path):
 def test_a_cause_in_a_circle_is_followed_once():
     first, second = ValueError("first"), ValueError("second")
     first.__cause__, second.__cause__ = second, first
-    assert list(itertools.islice(files.causes(first), 5)) == [first, second]
+    assert list(itertools.islice(cli.causes(first), 5)) == [first, second]

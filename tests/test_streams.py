@@ -77,9 +77,11 @@ def number_file(directory, count: int):
 
 def open_stream(path, tokenizer, num_eval_samples=1, **flags):
     """(stream, evaluation rows) as a run with these flags gets them."""
-    source = "dataset_name" if path.is_dir() else "train_file"
+    several = path.name == "several"  # several files given by the directory they are in
+    source = {"train_file": [f"{path}/*.csv"]} if several else {"train_file": [str(path)]}
+    source = {"dataset_name": str(path)} if path.is_dir() and not several else source
     data_args = script.DataTrainingArguments(
-        **{source: str(path)}, streaming=True, num_eval_samples=num_eval_samples, **{"shuffle_buffer_size": 30} | flags
+        **source, streaming=True, num_eval_samples=num_eval_samples, **{"shuffle_buffer_size": 30} | flags
     )
     training_args = arguments.TrainingArguments(output_dir="", do_train=True, do_eval=True, max_steps=1)
     collator = script.Collator(tokenizer, None, data_args, ROW)
@@ -155,7 +157,9 @@ def same_texts(path, kind: str):
         target.write_bytes(gzip.compress(path.read_bytes()))
     elif kind == "saved":
         datasets.DatasetDict(train=dataset).save_to_disk(target, num_shards={"train": 2})
-    elif kind == "directory":
+    elif kind in ("directory", "several"):
+        target = path.with_name("several") if kind == "several" else target
+        target.mkdir()
         for part in range(3):  # three shards, of which the last is longer
             part_of = dataset.select(range(part * 80, 80 * (part + 1) if part < 2 else len(lines)))
             part_of.to_csv(target / f"train-{part}.csv", index=False)
@@ -164,12 +168,10 @@ def same_texts(path, kind: str):
     return target
 
 
-@pytest.mark.parametrize("kind", ["txt", "txt.gz", "csv", "jsonl", "parquet", "directory", "saved"])
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "csv", "jsonl", "parquet", "directory", "several", "saved"])
 def test_windows_go_on_from_every_position(number_tokenizer, tmp_path, kind):
     """From the JSON of each window's start, over the ends of epochs: the windows that would have followed."""
     path = number_file(tmp_path, 300)
-    if kind == "directory":
-        (tmp_path / "numbers.directory").mkdir()
     path = path if kind == "txt" else same_texts(path, kind)
     stream, _ = open_stream(path, number_tokenizer, shuffle_buffer_size=45)
     expected = list(itertools.islice(stream.windows(None), 14))
@@ -211,7 +213,7 @@ def damaged(kind: str, directory):
         return path, "cannot be read as text: "
     if name == "a.txt":
         path.write_bytes(text + b"caf\xe9\n")
-        return path, "not UTF-8; convert it, for example with `iconv"
+        return path, "not UTF-8; name its encoding, for example with --encoding ISO-8859-1"
     if name == "a.csv":
         path.write_bytes(b"text\n" + text + b"a, b\n")
         return path, "row 1501 .line 1502. has 2 fields"
