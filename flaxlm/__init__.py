@@ -9,6 +9,7 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     files        text in local files, and what is prepared of it; writing other files whole or not at all
     sentences    where the sentences of a text begin
     arguments    the flags that all training scripts share
+    mixtures     several corpora by weights, and whose row comes next
     processes    several processes that train together, and being told to stop
     outputs      what lies in output_dir, and whose it is
     command_line  the command line of a training script, read and checked

@@ -176,6 +176,10 @@ class DataArguments:
         default=None, metadata={"help": "Training text: txt, csv, tsv, json, jsonl or parquet, also .gz, .bz2 or .xz."}
     )
     validation_file: str | None = field(default=None, metadata={"help": "Evaluation text, formats as for train_file."})
+    mixture_file: str | None = field(
+        default=None,
+        metadata={"help": "JSON or YAML file that maps names to corpora, each with a weight, to train on them together."},
+    )
     text_column_name: str | None = field(
         default=None, metadata={"help": "Column with the text. Unset: 'text' if there is one, else the first that holds words."}
     )

@@ -254,6 +254,7 @@ def check_progress(progress: Any) -> None:
         if not isinstance(progress, dict) or not isinstance(progress.get(name), kind) or isinstance(progress[name], bool):
             raise DamagedError(f"its progress holds no {name}")
     window, curve, positions = progress["window"], progress["curve"], progress["positions"]
+    rows_by_corpus = progress.get("rows_by_corpus", {})  # of a mixture; not in checkpoints of before there were any
     parts = {
         "step": progress["step"] >= 0,
         "window": all(isinstance(point, dict) and holds_numbers(map(point.get, LOGGED)) for point in window),
@@ -262,6 +263,7 @@ def check_progress(progress: Any) -> None:
             step.isdecimal() and isinstance(metrics, dict) and holds_numbers(metrics.values())
             for step, metrics in progress["evaluations"].items()
         ),
+        "rows_by_corpus": isinstance(rows_by_corpus, dict) and holds_numbers(rows_by_corpus.values()),
         "positions": len(positions) == jax.process_count() and all(p is None or isinstance(p, dict) for p in positions),
     }
     for name, is_right in parts.items():
@@ -278,7 +280,7 @@ FREE_FLAGS = {
     "max_eval_samples", "trust_remote_code",
     "validation_file", "validation_ref_file", "train_split_name", "eval_split_name",
     # Compared by what they yield: rows of tokens, a configuration, the size of a batch.
-    "train_file", "train_ref_file", "dataset_name", "dataset_config_name", "config_name", "config_overrides",
+    "train_file", "train_ref_file", "dataset_name", "dataset_config_name", "mixture_file", "config_name", "config_overrides",
     "model_name_or_path", "model_type", "tokenizer_name", "use_fast_tokenizer", "per_device_train_batch_size",
     "gradient_accumulation_steps", "num_train_epochs", "max_steps", "warmup_steps", "warmup_ratio",
 }  # fmt: skip
