@@ -162,8 +162,8 @@ def arguments_of(parts: Sequence[Part], args: arguments.Arguments) -> Iterator[a
     training = dataclasses.replace(args.training, do_eval=args.training.do_eval and not args.data.validation_file)
     for index, part in enumerate(parts):
         if args.data.validation_file and "validation_file" in part.flags:
-            with telling(args.data.mixture_file, part.name):
-                cli.fail("validation_file: there is --validation_file, which is for all corpora; name one thing to evaluate")
+            remedy = "not with --validation_file, which is for all corpora; name one thing to evaluate"
+            cli.fail(f"--mixture_file {args.data.mixture_file}: {part.name}: validation_file: {remedy}")
         sizes = {flag: max(counts[flag][index], 1) for flag in flags}
         data = dataclasses.replace(args.data, mixture_file=None, **sizes | dict(part.flags))
         yield args._replace(data=data, training=training)
