@@ -27,7 +27,7 @@ from tests.test_optimizers import plan_of
 from tests.test_processes import STREAM, end_of, stop_and_resume
 from tests.test_processes import assert_same_run as assert_same_curves
 from tests.test_processes import start as start  # a fixture
-from tests.test_streams import assert_same_run, back_to
+from tests.test_streams import assert_same_run, back_to, damaged
 
 BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "streaming"])
 
@@ -364,7 +364,7 @@ def test_what_is_wrong_with_a_corpus_is_told_with_its_name(streaming, prepare, d
     with refuses(where + "train_split_name test: .* has no such split, only train, validation"):
         prepare(*mixture(**code, train_split_name="test"), streaming=streaming)
     (tmp_path / "damaged.txt.gz").write_bytes(b"\x1f\x8b\x08 no gzip")
-    with refuses(where + "train_file .*damaged.txt.gz: cannot be read"):
+    with refuses(where + "train_file .*damaged.txt.gz: is empty or cannot be read as text"):
         prepare(*mixture(train_file=str(tmp_path / "damaged.txt.gz")), streaming=streaming)
     (tmp_path / "blank.txt").write_text("\n \n" * 150)
     with refuses(where + "the train data "):
@@ -373,13 +373,12 @@ def test_what_is_wrong_with_a_corpus_is_told_with_its_name(streaming, prepare, d
 
 def test_a_stream_that_is_damaged_later_is_told_with_its_name(prepare, data, refuses, tmp_path):
     """While it is trained on, from a thread."""
-    lines = [json.dumps({"text": f"line {number} of some words"}) for number in range(3000)]
-    (tmp_path / "late.jsonl").write_text("\n".join([*lines, "{no json"]))
+    path, expected = damaged("a.txt", tmp_path)
     good = {"train_file": str(data / "prose.txt"), "weight": 1}
-    write(tmp_path / "m.json", {"good": good, "bad": {"train_file": str(tmp_path / "late.jsonl"), "weight": 9}})
+    write(tmp_path / "m.json", {"good": good, "bad": {"train_file": str(path), "weight": 9}})
     prepared, collator = prepare("--mixture_file", tmp_path / "m.json", streaming=True)
     found = batches.train_batches(prepared.train, collator, plan_of(train_batch_size=64, num_steps=1000), 1)
-    with refuses("^--mixture_file .*m.json: bad: train_file .*late.jsonl: cannot be read further"):
+    with refuses(f"^--mixture_file .*m.json: bad: train_file .*a.txt: is empty or .*{expected}"):
         for _ in found:
             pass
 
