@@ -190,7 +190,7 @@ def order_of_epoch(
     A corpus gives `counts` of its `sizes` rows in each epoch, one after the other from a sequence without end in which none
     comes again before all have come. Costs, of time and memory, what an order of all rows of all corpora does.
     """
-    corpora_N = np.repeat(np.arange(len(counts)), counts)
+    corpora_N = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     corpora_N = corpora_N[randomness.host_rng(seed, "order", epoch).permutation(len(corpora_N))]
     rows_N = np.empty(len(corpora_N), np.int64)
     for index, (name, size, count) in enumerate(zip(names, sizes, counts, strict=True)):

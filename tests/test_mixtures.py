@@ -256,7 +256,7 @@ def data(texts, tmp_path_factory) -> Path:
     """A mixture of a txt file and a directory of two splits, whose column is called otherwise: of 3 to 1."""
     path = tmp_path_factory.mktemp("mixture")
     texts = [" ".join(text.split()) for text in texts]
-    (path / "prose.txt").write_text("\n\n".join(texts[:150]) + "\n")
+    (path / "prose.txt").write_text("\n\n\n".join(texts[:150]) + "\n")  # of two processes each reads every other line
     (path / "code").mkdir()
     for split, part in (("train", texts[150:400]), ("validation", texts[400:430])):
         (path / "code" / f"{split}.jsonl").write_text("".join(json.dumps({"id": "5", "content": t}) + "\n" for t in part))
