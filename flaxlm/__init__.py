@@ -11,6 +11,7 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     files        text in files, and what is prepared of it; writing other files whole or not at all
     sentences    where the sentences of a text begin
     arguments    the flags that all training scripts share
+    mixtures     several corpora by weights, and whose row comes next
     processes    several processes that train together, and being told to stop
     outputs      what lies in output_dir, and whose it is
     sharding     what lies where on the devices, compiled steps, the state they update

@@ -208,6 +208,10 @@ class DataArguments:
     encoding: str | None = field(
         default=None, metadata={"help": "Encoding of txt, csv, tsv and json files, as Python names it. Unset: UTF-8."}
     )
+    mixture_file: str | None = field(
+        default=None,
+        metadata={"help": "JSON or YAML file that maps names to corpora, each with a weight, to train on them together."},
+    )
     text_column_name: str | None = field(
         default=None,
         metadata={

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flaxlm import arguments, cli, processes, randomness
+from flaxlm import arguments, cli, mixtures, processes, randomness
+from flaxlm.corpus import Mixture
 from flaxlm.streams import TextStream
 from flaxlm.token_rows import Collator, TokenRows
 
@@ -84,7 +85,7 @@ def make_plan(training_args: arguments.TrainingArguments, num_train_rows: int | 
 
 
 def train_batches(
-    train: TokenRows | TextStream,
+    train: TokenRows | TextStream | Mixture,
     collator: Collator,
     plan: Plan,
     seed: int,
@@ -93,8 +94,13 @@ def train_batches(
 ) -> Iterator[dict[str, Any]]:
     """This process's part of every training batch from `first_step` on, as arrays [A, ...].
 
-    Of a stream also with the "position" behind it, from which it goes on when it is given here.
+    Of a stream also with the "position" behind it, from which it goes on when it is given here; of a mixture also with
+    "rows_by_corpus", how many rows of each corpus all processes have in this step.
     """
+    if isinstance(train, Mixture):
+        if train.is_stream:
+            return mixed_stream_batches(train, collator, plan, seed, first_step, position)
+        return mixed_epoch_batches(train, collator, plan, seed, first_step)
     if isinstance(train, TextStream):
         return stream_batches(train, collator, plan, seed, first_step, position)
     return epoch_batches(train, collator, plan, seed, first_step)
@@ -113,23 +119,94 @@ def epoch_batches(
         yield collate({name: np.asarray(array[chosen]) for name, array in rows.items()}, collator, plan, seed, step)
 
 
+class StreamReader:
+    """Rows of a stream's windows, so many at a time; `position` is behind those that were taken."""
+
+    def __init__(self, windows: Iterator[tuple[TokenRows, dict[str, Any]]], position: Mapping[str, Any] | None):
+        self.windows = prefetch(windows, depth=1)
+        self.rows_used = position["rows_used"] if position else 0
+        self.rows, self.start = next(self.windows)
+
+    def take(self, num_rows: int) -> TokenRows:
+        parts, missing = [{name: array[:0] for name, array in self.rows.items()}], num_rows
+        while missing:
+            if self.rows_used == len(self.rows["input_ids"]):
+                (self.rows, self.start), self.rows_used = next(self.windows), 0
+            part = {name: array[self.rows_used : self.rows_used + missing] for name, array in self.rows.items()}
+            taken = len(part["input_ids"])
+            parts, missing, self.rows_used = [*parts, part], missing - taken, self.rows_used + taken
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.rows}
+
+    @property
+    def position(self) -> dict[str, Any]:
+        return self.start | {"rows_used": self.rows_used}
+
+
 def stream_batches(
     stream: TextStream, collator: Collator, plan: Plan, seed: int, first_step: int, position: Mapping[str, Any] | None
 ) -> Iterator[dict[str, Any]]:
     """Rows of a stream in its own order, window after window."""
-    num_rows, rows_used = plan.local_size(plan.train_batch_size), position["rows_used"] if position else 0
-    windows = prefetch(stream.windows(position), depth=1)
-    rows, start = next(windows)
+    reader = StreamReader(stream.windows(position), position)
     for step in range(first_step, plan.num_steps):
-        parts, missing = [], num_rows
-        while missing:
-            if rows_used == len(rows["input_ids"]):
-                (rows, start), rows_used = next(windows), 0
-            part = {name: array[rows_used : rows_used + missing] for name, array in rows.items()}
-            taken = len(part["input_ids"])
-            parts, missing, rows_used = [*parts, part], missing - taken, rows_used + taken
-        joined = {name: np.concatenate([part[name] for part in parts]) for name in collator.columns}
-        yield collate(joined, collator, plan, seed, step) | {"position": start | {"rows_used": rows_used}}
+        rows = reader.take(plan.local_size(plan.train_batch_size))
+        yield collate(rows, collator, plan, seed, step) | {"position": reader.position}
+
+
+def mixed_epoch_batches(
+    mixture: Mixture, collator: Collator, plan: Plan, seed: int, first_step: int
+) -> Iterator[dict[str, Any]]:
+    """Epochs of a mixture, in each as many rows of every corpus; the rows themselves stay where they are."""
+    local, epoch_of_order = plan.local_rows(plan.train_batch_size), None
+    counts = rows_per_epoch(mixture, plan)
+    for step in range(first_step, plan.num_steps):
+        epoch, index = divmod(step, plan.steps_per_epoch)
+        if epoch != epoch_of_order:
+            order, epoch_of_order = mixtures.order_of_epoch(mixture.names, mixture.sizes, counts, seed, epoch), epoch
+        batch = slice(index * plan.train_batch_size, (index + 1) * plan.train_batch_size)
+        corpora_N, rows_N = (part[batch][local] for part in order)
+        parts = [
+            {name: np.asarray(array[rows_N[corpora_N == number]]) for name, array in rows.items()}
+            for number, rows in enumerate(mixture.corpora)
+        ]
+        rows = mixtures.interleave(parts, corpora_N, collator.columns)
+        yield collate(rows, collator, plan, seed, step) | count_rows(mixture, order[0][batch])
+
+
+def rows_per_epoch(mixture: Mixture, plan: Plan) -> list[int]:
+    """How many rows of each corpus an epoch has: its share of those in whole batches, so that none is drawn and left out."""
+    counts = mixtures.apportion(plan.steps_per_epoch * plan.train_batch_size, mixture.shares)
+    for part, count in zip(mixture.parts, counts, strict=True):
+        if count == 0:
+            with mixtures.telling(mixture.path, part.name):
+                cli.fail(f"its weight gives it none of the {sum(counts)} rows of an epoch; raise it, or leave the corpus out")
+    return counts
+
+
+def mixed_stream_batches(
+    mixture: Mixture, collator: Collator, plan: Plan, seed: int, first_step: int, position: Mapping[str, Any] | None
+) -> Iterator[dict[str, Any]]:
+    """Rows of several streams, each in its own order, in every step as many of each as its share says, to within one."""
+    readers = []
+    for name, stream in zip(mixture.names, mixture.corpora, strict=True):
+        own = position[name] if position else None
+        readers.append(StreamReader(mixtures.iterate(stream.windows(own), mixture.path, name), own))
+    num_rows = plan.local_size(plan.train_batch_size)
+    for step in range(first_step, plan.num_steps):
+        corpora_PN = [
+            mixtures.divide_step(num_rows, mixture.shares, seed, step, process) for process in range(plan.num_processes)
+        ]
+        corpora_N = corpora_PN[plan.process_index]
+        parts = [reader.take(int((corpora_N == number).sum())) for number, reader in enumerate(readers)]
+        rows = mixtures.interleave(parts, corpora_N, collator.columns)
+        positions = {name: reader.position for name, reader in zip(mixture.names, readers, strict=True)}
+        carried_along = count_rows(mixture, np.concatenate(corpora_PN)) | {"position": positions}
+        yield collate(rows, collator, plan, seed, step) | carried_along
+
+
+def count_rows(mixture: Mixture, corpora_N: np.ndarray) -> dict[str, dict[str, int]]:
+    """How many rows of each corpus there are among these, for the log."""
+    counts = np.bincount(corpora_N, minlength=len(mixture.parts)).tolist()
+    return {"rows_by_corpus": dict(zip(mixture.names, counts, strict=True))}
 
 
 def collate(rows: TokenRows, collator: Collator, plan: Plan, seed: int, step: int) -> dict[str, np.ndarray]:
@@ -153,11 +230,12 @@ def eval_batches(rows: TokenRows, collator: Collator, plan: Plan, seed: int) -> 
 
 
 class DeviceBatch(NamedTuple):
-    """A batch on the devices, how many tokens this process put into it, and where in a stream it ends (None: no stream)."""
+    """A batch on the devices, and what is to be known of it on the host."""
 
     arrays: dict[str, jax.Array]
-    num_tokens: int
-    position: dict | None
+    num_tokens: int  # that this process put into it
+    position: dict | None  # where in a stream it ends; None: no stream
+    rows_by_corpus: dict[str, int] | None  # of a mixture, in the whole batch
 
 
 def put_on_devices(
@@ -168,12 +246,12 @@ def put_on_devices(
 
     def put(batch):
         batch = dict(batch)
-        position = batch.pop("position", None)
+        position, rows_by_corpus = batch.pop("position", None), batch.pop("rows_by_corpus", None)
         num_tokens = int(batch["attention_mask"].sum())  # padding is left out of "tokens per second"
         num_micro_batches = batch["input_ids"].shape[: len(spec) - 1]
         batch["stop"] = np.full((*num_micro_batches, jax.local_device_count()), stop.requested, np.int32)
         arrays = {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
-        return DeviceBatch(arrays, num_tokens, position)
+        return DeviceBatch(arrays, num_tokens, position, rows_by_corpus)
 
     return prefetch(map(put, host_batches))
 

@@ -54,6 +54,10 @@ def write_model_card(
     info, output_dir, flags = run_info(script, args), args.training.output_dir, arguments.changed_values(*args)
     source = args.model.model_name_or_path and shown_path(args.model.model_name_or_path)
     data = shown_path(args.data.dataset_name or flags.get("train_file") or flags.get("validation_file"))
+    if args.data.mixture_file:
+        prefix = "share_of_"
+        shares = {name: share for name, share in results.items() if name.startswith(prefix)}
+        data = f"a mixture of {', '.join(f'{name.removeprefix(prefix)} ({share:.1%})' for name, share in shares.items())}"
     architecture = models.pytorch_class(model)
     draw_curves(os.path.join(output_dir, "training_curves.png"), curve, evaluations)
     table = "\n".join(f"| {label} | {figure} |" for label, figure in figures(results))

@@ -291,6 +291,7 @@ def check_progress(progress: Any) -> None:
         if not isinstance(progress, dict) or not isinstance(progress.get(name), kind) or isinstance(progress[name], bool):
             raise DamagedError(f"its progress holds no {name}")
     window, curve, positions = progress["window"], progress["curve"], progress["positions"]
+    rows_by_corpus = progress.get("rows_by_corpus", {})  # of a mixture; not in checkpoints of before there were any
     parts = {
         "step": progress["step"] >= 0,
         "window": all(isinstance(point, dict) and holds_numbers(map(point.get, LOGGED)) for point in window),
@@ -299,6 +300,7 @@ def check_progress(progress: Any) -> None:
             step.isdecimal() and isinstance(metrics, dict) and holds_numbers(metrics.values())
             for step, metrics in progress["evaluations"].items()
         ),
+        "rows_by_corpus": isinstance(rows_by_corpus, dict) and holds_numbers(rows_by_corpus.values()),
         "positions": len(positions) == jax.process_count() and all(p is None or isinstance(p, dict) for p in positions),
     }
     for name, is_right in parts.items():

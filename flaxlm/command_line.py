@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from flaxlm import arguments, cli, formats, identity, inputs, outputs, selection
+from flaxlm import arguments, cli, formats, identity, inputs, mixtures, outputs, selection
 
 # Headings of --help; an objective's own flags stand above them.
 GROUPS = {
@@ -62,6 +62,7 @@ def parse(
     check_model_arguments(args.model, args.training, classes)
     if not args.training.compile_for:
         check_data_arguments(args.data, args.training, args.model.token)
+        check_mixture(args)
         check_output_dir(args.training)
     args.data.check(args.model)
     selection.check(args.training)
@@ -167,9 +168,11 @@ def check_data_arguments(
         cli.fail("--streaming: needs --max_steps, since the length of a stream is not known")
     if data_args.streaming and data_args.max_train_samples:
         cli.fail("--max_train_samples: not with --streaming; --max_steps says how much is trained on")
-    if not (data_args.dataset_name or data_args.train_file or data_args.validation_file):
+    if data_args.mixture_file:
+        mixtures.check_names_no_other_data(data_args)
+    elif not (data_args.dataset_name or data_args.train_file or data_args.validation_file):
         cli.fail("no data: give --dataset_name, or --train_file (and --validation_file)")
-    if training_args.do_train and not (data_args.dataset_name or data_args.train_file):
+    if training_args.do_train and not (data_args.dataset_name or data_args.train_file or data_args.mixture_file):
         cli.fail("--do_train: needs --train_file or --dataset_name")
     for name in ("train_split_name", "eval_split_name"):
         if getattr(data_args, name) and not data_args.dataset_name:
@@ -180,6 +183,18 @@ def check_data_arguments(
         found = inputs.find(getattr(data_args, name), f"--{name}", token) if getattr(data_args, name) else None
         if data_args.encoding:
             formats.check_encoding_name(data_args.encoding, found.paths if found else [])
+
+
+def check_mixture(args: arguments.Arguments) -> None:
+    """Could each corpus of --mixture_file be trained on alone?"""
+    path = args.data.mixture_file
+    parts = mixtures.read(path) if path else []
+    for part, own in zip(parts, mixtures.arguments_of(parts, args), strict=True):
+        with mixtures.telling(path, part.name):
+            cli.check_text(own.data)
+            check_numbers(own.data)
+            check_paths(own)
+            check_data_arguments(own.data, own.training, own.model.token)
 
 
 def check_model_arguments(

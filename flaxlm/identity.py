@@ -21,9 +21,10 @@ FREE_FLAGS = {
     "preprocessing_num_workers", "max_eval_samples", "trust_remote_code",
     "validation_file", "validation_ref_file", "train_split_name", "eval_split_name",
     # Compared by what they yield: rows of tokens, a configuration, the size of a batch.
-    "train_file", "train_ref_file", "encoding", "dataset_name", "dataset_config_name", "config_name", "config_overrides",
-    "model_name_or_path", "model_type", "tokenizer_name", "use_fast_tokenizer", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "num_train_epochs", "max_steps", "warmup_steps", "warmup_ratio",
+    "train_file", "train_ref_file", "encoding", "dataset_name", "dataset_config_name", "mixture_file", "config_name",
+    "config_overrides", "model_name_or_path", "model_type", "tokenizer_name", "use_fast_tokenizer",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "warmup_steps",
+    "warmup_ratio",
 }  # fmt: skip
 
 STEPS = "the number of steps (--max_steps, --num_train_epochs)"
@@ -35,7 +36,7 @@ CHANGED_BY = {
     STEPS: ("max_steps", "num_train_epochs"),
     WARMUP: ("warmup_steps", "warmup_ratio"),
     BATCH: ("per_device_train_batch_size", "gradient_accumulation_steps"),
-    DATA: ("train_file", "encoding", "dataset_name", "dataset_config_name", "train_ref_file"),
+    DATA: ("train_file", "mixture_file", "encoding", "dataset_name", "dataset_config_name", "train_ref_file"),
 }
 # The learning rate follows from them: where it has been the same so far, they have made no difference yet.
 SCHEDULE = {

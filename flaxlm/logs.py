@@ -102,13 +102,14 @@ class TrainingLog:
         self.window: list[dict[str, float]] = []
         self.curve: list[tuple[int, float]] = []
         self.window_started = self.loss_sum = self.weight_sum = self.num_tokens = 0.0
+        self.rows_by_corpus: dict[str, int] = {}  # of a mixture, over the run
         self.stop_agreed = False
         self.interval = training_args.logging_steps
         if training_args.least_log_lines:  # a short run should not be silent to its end
             self.interval = max(1, min(self.interval, plan.num_steps // training_args.least_log_lines))
         self.bar = cli.progress_bar(total=plan.num_steps, desc="Training", unit="step")
 
-    CARRIED_ON = ("window", "curve", "window_started", "loss_sum", "weight_sum", "num_tokens")
+    CARRIED_ON = ("window", "curve", "window_started", "loss_sum", "weight_sum", "num_tokens", "rows_by_corpus")
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of the log, so that a resumed run writes what an uninterrupted one would."""
@@ -117,26 +118,33 @@ class TrainingLog:
     def resume(self, progress: Mapping[str, Any]) -> None:
         """Take up the log of a checkpoint."""
         for name in self.CARRIED_ON:
-            setattr(self, name, progress[name])
+            setattr(self, name, progress.get(name, getattr(self, name)))  # checkpoints of before have no rows_by_corpus
         self.stopwatch.total = progress["train_time"]
         self.bar.close()
         self.bar = cli.progress_bar(total=self.plan.num_steps, desc="Training", unit="step", initial=progress["step"])
 
-    def add(self, step: int, metrics: Mapping[str, jax.Array], num_tokens: int) -> None:
+    def add(
+        self,
+        step: int,
+        metrics: Mapping[str, jax.Array],
+        num_tokens: int,
+        rows_by_corpus: Mapping[str, int] | None = None,
+    ) -> None:
         """Take the metrics of a step that has just been dispatched; write those of the step before."""
         self.fetch()
-        self.pending = (step, metrics, num_tokens)
+        self.pending = (step, metrics, num_tokens, rows_by_corpus or {})
 
     def fetch(self) -> None:
         """Wait for the last step and write its metrics."""
         if self.pending is None:
             return
-        step, metrics, num_tokens = self.pending
+        step, metrics, num_tokens, rows_by_corpus = self.pending
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         self.stop_agreed = values.pop("stop") > 0
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise NonFiniteError(step, values["loss"], values["grad_norm"])
+        self.rows_by_corpus |= {name: self.rows_by_corpus.get(name, 0) + rows for name, rows in rows_by_corpus.items()}
         self.window.append({"step": step, "tokens": num_tokens * self.plan.num_processes, **values})
         self.bar.update(1)
         first = step == 1 and self.args.logging_first_step
@@ -164,6 +172,7 @@ class TrainingLog:
                 values = {f"train_{name}": point[name] for name in (*losses, "learning_rate", "grad_norm")}
                 self.points.add(point["step"], values)
             self.points.add(step, {"train_time": seconds, "train_tokens_per_second": tokens_per_second})
+            self.points.add(step, {f"train_share/{name}": share for name, share in self.shares().items()})
             self.points.flush()
         self.loss_sum, self.weight_sum = self.loss_sum + loss_sum, self.weight_sum + weight_sum
         self.num_tokens += num_tokens
@@ -176,6 +185,11 @@ class TrainingLog:
         if self.window:
             self.write(step)
 
+    def shares(self) -> dict[str, float]:
+        """Which part of all rows of the run so far was of each corpus of a mixture."""
+        total = sum(self.rows_by_corpus.values())
+        return {name: rows / total for name, rows in self.rows_by_corpus.items()}
+
     def close(self) -> None:
         self.stopwatch.stop()
         self.bar.close()
@@ -183,6 +197,8 @@ class TrainingLog:
     def results(self, num_steps: int, num_train_rows: int | None) -> dict[str, float]:
         """train_results.json: totals over the run."""
         seconds = self.stopwatch.seconds()
+        for name, share in self.shares().items():
+            logger.info("Corpus %s: %s rows were trained on, a share of %.4f", name, f"{self.rows_by_corpus[name]:,}", share)
         return {
             "epoch": self.plan.epoch(num_steps),
             "train_loss": self.loss_sum / max(self.weight_sum, 1),
@@ -190,6 +206,7 @@ class TrainingLog:
             "train_samples": num_train_rows or num_steps * self.plan.train_batch_size,
             "train_steps": num_steps,
             "train_tokens_per_second": self.num_tokens / max(seconds, 1e-9),
+            **{f"share_of_{name}": share for name, share in self.shares().items()},
         }
 
 
@@ -225,8 +242,24 @@ def log_plan(plan: batches.Plan, data: corpus.Corpus, row_length: int, params: A
             plan.train_batch_size, f"{plan.train_batch_size * row_length:,}",
             plan.num_steps, plan.steps_per_epoch or "unknown", plan.num_warmup_steps,
         )  # fmt: skip
+    if data.mixture:
+        log_mixture(plan, data.mixture)
     if data.validation is not None:
         logger.info("Evaluation: %s rows, %d rows per batch", f"{data.num_validation_rows:,}", plan.eval_batch_size)
+
+
+def log_mixture(plan: batches.Plan, mixture: corpus.Mixture) -> None:
+    """What is planned of each corpus of a mixture; one that would get no row is refused."""
+    if mixture.is_stream:
+        for part in mixture.parts:
+            rows = float(part.share * plan.train_batch_size)
+            logger.info("Corpus %s: a share of %.4f, %.2f rows per step", part.name, part.share, rows)
+        return
+    for part, size, count in zip(mixture.parts, mixture.sizes, batches.rows_per_epoch(mixture, plan), strict=True):
+        logger.info(
+            "Corpus %s: a share of %.4f, %s rows of each epoch, which is %.2f passes over its %s rows",
+            part.name, part.share, f"{count:,}", count / size, f"{size:,}",
+        )  # fmt: skip
 
 
 def advise_on_cpu(dtype: str) -> None:

@@ -154,7 +154,7 @@ class Run:
     def end_step(self, state: sharding.TrainState, metrics: Mapping[str, jax.Array], batch: batches.DeviceBatch) -> None:
         """Take what a step gave. Its metrics are fetched at the next step, or now if something is due, which is not timed."""
         self.step, self.state, self.position = self.step + 1, state, batch.position
-        self.log.add(self.step, metrics, batch.num_tokens)
+        self.log.add(self.step, metrics, batch.num_tokens, batch.rows_by_corpus)
         if self.is_due("eval") or self.is_due("save"):
             self.log.fetch()
             self.log.stopwatch.stop()
