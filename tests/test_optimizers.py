@@ -40,13 +40,20 @@ def test_decay_mask(model_type, classes):
     assert 0 < sum(mask.values()) < len(mask)
 
 
-@pytest.mark.parametrize("adafactor", [False, True])
-def test_weight_decay_follows_the_learning_rate(adafactor):
+OPTIMIZERS = ["adamw", "adafactor", "lamb", "lion", "muon"]
+
+
+@pytest.mark.parametrize("optim", [name for name in OPTIMIZERS if name != "lamb"])  # whose trust ratio changes it
+def test_weight_decay_follows_the_learning_rate(optim):
     """With gradients of zero a matrix shrinks by lr * decay per step, a bias not at all; Adafactor too (defect 81)."""
-    args = arguments.TrainingArguments(output_dir="", adafactor=adafactor, weight_decay=0.1, learning_rate=0.5)
+    args = arguments.TrainingArguments(output_dir="", optim=optim, weight_decay=0.1, learning_rate=0.5)
     optimizer = optimizers.make_optimizer(args, optax.constant_schedule(0.5))
-    params = {"layer": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "final_logits_bias": jnp.ones((1, 4))}
+    params = {
+        "layer": {"0": {"kernel": jnp.ones((4, 4))}, "kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+        "final_logits_bias": jnp.ones((1, 4)),
+    }
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["layer"]["0"]["kernel"], -0.5 * 0.1, atol=1e-6)
     np.testing.assert_allclose(updates["layer"]["kernel"], -0.5 * 0.1, atol=1e-6)
     np.testing.assert_allclose(updates["layer"]["bias"], 0, atol=1e-6)
     np.testing.assert_allclose(updates["final_logits_bias"], 0, atol=1e-6)
