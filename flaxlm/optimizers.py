@@ -34,6 +34,7 @@ def make_learning_rate(training_args: arguments.TrainingArguments, plan: batches
     elif kind == "polynomial":
         decay = optax.polynomial_schedule(peak, end, training_args.lr_power, num_steps)
     elif kind == "warmup_stable_decay":
+        warmup = optax.linear_schedule(end, peak, num_warmup_steps)  # as in transformers, of this schedule only
         num_decay_steps = count_decay_steps(training_args, plan)
         decay = optax.linear_schedule(peak, end, num_decay_steps, transition_begin=num_steps - num_decay_steps)
     elif kind == "inverse_sqrt":

@@ -518,7 +518,7 @@ def test_the_last_evaluation_of_a_finished_run_is_written_once(train, tmp_path):
         (["--gradient_accumulation_steps", 2], "--gradient_accumulation_steps) is 16, but "),
         (["--max_steps", 13], "the number of steps (--max_steps, --num_train_epochs) is 13, but "),
         (["--warmup_steps", 3], "the number of warmup steps (--warmup_steps, --warmup_ratio) is 3, but "),
-        (["--adafactor"], "--optim is adafactor, but .* was made with adamw"),
+        (["--adafactor"], "--optim is adafactor, but "),
         (["--config_overrides", "hidden_dropout_prob=0.1"], "the configuration's attention_probs_dropout_prob is 0.0, but "),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
