@@ -85,6 +85,7 @@ def test_spread_equals_replicated(case, line, tmp_path):
     more = {"adamw": [], "adafactor": ["--adafactor", "--gradient_checkpointing"]}
     more["lamb"] = ["--lamb", "--max_grad_norm", 0.5]
     more["lamb"] += ["--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 1]
+    more["muon"] = ["--optim", "muon", "--z_loss", 1e-3, "--max_grad_norm", 0.5]
     runs = more | {f"{name}-spread": [*f, "--fsdp"] for name, f in more.items()}
     log = run_lines(case.script, *(line(tmp_path / name, *flags) for name, flags in runs.items()))
     for name in more:
