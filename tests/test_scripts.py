@@ -276,8 +276,9 @@ def test_z_loss_is_of_training_only(module):
     """A step of plain descent goes down the slope of cross-entropy and z-loss; it tells each alone. Evaluation has none."""
     config = make_config(MODEL_OF[module], tie_word_embeddings=True)
     module.DataTrainingArguments().adapt_config(config, 57)
-    for name in ("dropout", "dropout_rate", "hidden_dropout_prob", "resid_pdrop", "embd_pdrop"):
-        setattr(config, name, 0.0)
+    for name in vars(config):
+        if re.search("drop", name) and isinstance(getattr(config, name), float):
+            setattr(config, name, 0.0)
     batch, model = make_batch(module, config), make_model(module, config)
     loss_fn, devices, optimizer = functools.partial(module.loss_fn, model=model), sharding.one_device(), optax.sgd(1.0)
     options, params = {"xla_backend_optimization_level": 0}, make_params(model)
