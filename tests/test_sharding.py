@@ -103,6 +103,17 @@ def test_spread_equals_replicated(case, line, tmp_path):
     assert float(said[0][0]) < float(said[0][1]) / 5, said  # norms and biases are on every device, here not few
 
 
+@pytest.mark.parametrize("case", CASES[1:2], ids=["run_clm_flax"], indirect=True)
+def test_muon_on_one_device_and_spread_over_eight(case, line, tmp_path):
+    """Its products are of whole matrices, wherever their parts lie; without dropout, which differs between devices."""
+    flags = ["--config_overrides", "n_embd=128,resid_pdrop=0", "--max_steps", 8, "--optim", "muon", "--weight_decay", 0.1]
+    run_lines(case.script, line(tmp_path / "one", *flags, "--per_device_train_batch_size", 16), devices=1)
+    run_lines(case.script, line(tmp_path / "eight", *flags, "--fsdp"))
+    one, two = (read_events(tmp_path / run) for run in ("one", "eight"))
+    for tag in ("train_loss", "train_grad_norm", "eval_loss"):
+        assert [v for _, v in one[tag]] == pytest.approx([v for _, v in two[tag]], rel=1e-5), tag
+
+
 def test_spread_goes_on_exactly(case, line, tmp_path):
     """From a checkpoint in the middle, bit for bit; on four devices with the same batch too, but for rounding and dropout."""
     flags = ["--fsdp", "--save_steps", 10, "--eval_steps", 5, "--logging_steps", 3]
