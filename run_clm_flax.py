@@ -193,18 +193,23 @@ MODELS = models.CAUSAL
 
 
 def loss_fn(
-    params, batch: Mapping[str, jax.Array], model: nn.Module, rngs: Mapping[str, jax.Array] | None = None
+    params,
+    batch: Mapping[str, jax.Array],
+    model: nn.Module,
+    rngs: Mapping[str, jax.Array] | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sum of the cross-entropies of the next tokens of one device's rows, in float32; with dropout if there are `rngs`.
 
     Returns:
         The sum, and {"weight": number of labels, "correct": labels that score highest}; all scalars, to be summed over
-        micro-batches and devices before the division.
+        micro-batches and devices before the division. With `z_loss` the sum is the two parts that stand beside the others:
+        "loss", the cross-entropies, and "z_loss".
     """
     hidden_BTH = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"], rngs=rngs)
     weights_BT = batch["label_weights"]
-    loss, correct = losses.fused_cross_entropy(model, params, hidden_BTH, batch["labels"], weights_BT)
-    return loss, {"weight": weights_BT.sum(), "correct": correct}
+    loss, sums = losses.fused_cross_entropy(model, params, hidden_BTH, batch["labels"], weights_BT, z_loss)
+    return loss, {"weight": weights_BT.sum(), **sums}
 
 
 def eval_metrics(totals: Mapping[str, float]) -> dict[str, float]:
@@ -218,7 +223,7 @@ def eval_metrics(totals: Mapping[str, float]) -> dict[str, float]:
 
 
 def sum_gradients(
-    params: Any, batch: Mapping[str, jax.Array], step_rng: jax.Array, loss_fn: Callable
+    params: Any, batch: Mapping[str, jax.Array], step_rng: jax.Array, loss_fn: Callable, z_loss: float = 0.0
 ) -> tuple[dict[str, jax.Array], Any]:
     """Loss, weight and gradients of [A, ...] micro-batches; runs on each device with its own rows.
 
@@ -226,15 +231,17 @@ def sum_gradients(
     spread. "stop" is above 0 if any process was told to stop, so that all learn it at the same step.
     """
     device_rng = jax.random.fold_in(step_rng, jax.lax.axis_index("data"))
+    names = ("loss", "weight", "z_loss") if z_loss else ("loss", "weight")
 
     def add_micro_batch(sums, indexed_micro_batch):
         index, micro_batch = indexed_micro_batch
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         rngs = {"dropout": jax.random.fold_in(device_rng, index)}
-        (loss, aux), grads = grad_fn(params, micro_batch, rngs=rngs)
-        return jax.tree.map(jnp.add, sums, ({"loss": loss, "weight": aux["weight"]}, grads)), None
+        (loss, aux), grads = grad_fn(params, micro_batch, rngs=rngs, z_loss=z_loss)
+        found = {"loss": loss, **aux}  # with z_loss the loss that aux tells is the cross-entropy alone
+        return jax.tree.map(jnp.add, sums, ({name: found[name] for name in names}, grads)), None
 
-    zeros = {"loss": jnp.zeros(()), "weight": jnp.zeros(())}, jax.tree.map(jnp.zeros_like, params)
+    zeros = {name: jnp.zeros(()) for name in names}, jax.tree.map(jnp.zeros_like, params)
     micro_batches = {name: array for name, array in batch.items() if name != "stop"}
     (sums, grads), _ = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(len(batch["stop"])), micro_batches))
     return sharding.sum_over_devices((sums | {"stop": batch["stop"].max()}, grads))
@@ -250,14 +257,14 @@ def train_step(
 ) -> tuple[sharding.TrainState, dict[str, jax.Array]]:
     """One update, of whole arrays wherever their parts lie, by the gradients that the devices have summed.
 
-    Metrics: loss per label, number of labels, gradient norm before clipping, learning rate, stop.
+    Metrics: loss per label, with z_loss that too, number of labels, gradient norm before clipping, learning rate, stop.
     """
     sums, grads = gradients_fn(state.params, batch, jax.random.fold_in(dropout_rng, state.step))
     num_labels = jnp.maximum(sums["weight"], 1)
     grads = jax.tree.map(lambda grad: grad / num_labels, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = sums | {
-        "loss": sums["loss"] / num_labels,
+        **{name: total / num_labels for name, total in sums.items() if name.endswith("loss")},
         "grad_norm": optax.global_norm(grads),
         "learning_rate": learning_rate_fn(state.step),
     }
@@ -276,11 +283,14 @@ def make_steps(
     optimizer: optax.GradientTransformation,
     learning_rate_fn: optax.Schedule,
     devices: sharding.Devices,
+    z_loss: float = 0.0,
 ) -> tuple[sharding.CompiledStep, sharding.CompiledStep]:
-    """Both steps as programs over all devices, p_train_step and p_eval_step, compiled when they are first called."""
-    gradients_fn = sharding.on_each_device(
-        functools.partial(sum_gradients, loss_fn=loss_fn), devices, sharding.PER_MICRO_BATCH, gives_gradients=True
-    )
+    """Both steps as programs over all devices, p_train_step and p_eval_step, compiled when they are first called.
+
+    `z_loss` is of training only, so that evaluations are comparable.
+    """
+    sum_fn = functools.partial(sum_gradients, loss_fn=loss_fn, z_loss=z_loss)
+    gradients_fn = sharding.on_each_device(sum_fn, devices, sharding.PER_MICRO_BATCH, gives_gradients=True)
     step_fn = functools.partial(train_step, gradients_fn=gradients_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)
     eval_fn = sharding.on_each_device(functools.partial(eval_step, loss_fn=loss_fn), devices, sharding.PER_ROW)
     return sharding.CompiledStep("training", step_fn, gives_state=True), sharding.CompiledStep("evaluation", eval_fn)
@@ -320,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     learning_rate_fn = optimizers.make_learning_rate(training_args, plan)
     optimizer = optimizers.make_optimizer(training_args, learning_rate_fn)
     model_loss_fn = functools.partial(loss_fn, model=model)
-    p_train_step, p_eval_step = make_steps(model_loss_fn, optimizer, learning_rate_fn, devices)
+    p_train_step, p_eval_step = make_steps(model_loss_fn, optimizer, learning_rate_fn, devices, training_args.z_loss)
     evaluate = evaluation.Evaluator(
         data.validation, collator, plan, training_args.seed, devices.mesh, p_eval_step, eval_metrics
     )

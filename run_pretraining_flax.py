@@ -454,27 +454,32 @@ MODELS = models.SENTENCE_PAIRS
 
 
 def loss_fn(
-    params, batch: Mapping[str, jax.Array], model: nn.Module, rngs: Mapping[str, jax.Array] | None = None
+    params,
+    batch: Mapping[str, jax.Array],
+    model: nn.Module,
+    rngs: Mapping[str, jax.Array] | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sums of the cross-entropies of masked tokens and of next sentences in one device's rows, in float32.
 
     Returns:
         The sum over masked tokens, and {"weight": their number, "correct": those whose label scores highest, and the three
-        of the same for next sentences}; all scalars, to be summed over micro-batches and devices before the division.
+        of the same for next sentences}; all scalars, to be summed over micro-batches and devices before the division. With
+        `z_loss` the sum is the two parts that stand beside the others: "loss", the cross-entropies, and "z_loss".
     """
     inputs = batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
     hidden_BTH = model.apply({"params": params}, *inputs, rngs=rngs)
     labels = batch["label_positions"], batch["labels"], batch["label_weights"]
-    loss, correct = losses.labelled_cross_entropy(model, params, hidden_BTH, *labels)
+    loss, sums = losses.labelled_cross_entropy(model, params, hidden_BTH, *labels, z_loss)
     logits_B2 = model.apply({"params": params}, hidden_BTH, method="next_sentence_scores")
     weights_B = batch["next_sentence_weights"]
-    next_loss, next_correct = losses.weighted_cross_entropy(logits_B2, batch["next_sentence_labels"], weights_B)
+    next_loss, next_sums = losses.cross_entropy(logits_B2, batch["next_sentence_labels"], weights_B)
     return loss, {
         "weight": batch["label_weights"].sum(),
-        "correct": correct,
+        **sums,
         "next_sentence_loss": next_loss,
         "next_sentence_weight": weights_B.sum(),
-        "next_sentence_correct": next_correct,
+        "next_sentence_correct": next_sums["correct"],
     }
 
 
@@ -496,7 +501,7 @@ def eval_metrics(totals: Mapping[str, float]) -> dict[str, float]:
 
 
 def sum_gradients(
-    params: Any, batch: Mapping[str, jax.Array], step_rng: jax.Array, loss_fn: Callable
+    params: Any, batch: Mapping[str, jax.Array], step_rng: jax.Array, loss_fn: Callable, z_loss: float = 0.0
 ) -> tuple[dict[str, jax.Array], Any]:
     """Losses and gradients of [A, ...] micro-batches; runs on each device with its own rows.
 
@@ -507,14 +512,17 @@ def sum_gradients(
     device_rng = jax.random.fold_in(step_rng, jax.lax.axis_index("data"))
     num_tokens, num_pairs = jax.lax.psum((batch["label_weights"].sum(), batch["next_sentence_weights"].sum()), "data")
 
+    names = ("masked_lm_loss", "next_sentence_loss", "z_loss") if z_loss else ("masked_lm_loss", "next_sentence_loss")
+
     def micro_batch_loss(params, micro_batch, rngs):
-        loss, aux = loss_fn(params, micro_batch, rngs=rngs)
+        loss, aux = loss_fn(params, micro_batch, rngs=rngs, z_loss=z_loss)
         masked_lm_loss = loss / jnp.maximum(num_tokens, 1)
         next_sentence_loss = aux["next_sentence_loss"] / jnp.maximum(num_pairs, 1)
-        return masked_lm_loss + next_sentence_loss, {
-            "masked_lm_loss": masked_lm_loss,
-            "next_sentence_loss": next_sentence_loss,
-        }
+        terms = {"masked_lm_loss": masked_lm_loss, "next_sentence_loss": next_sentence_loss}
+        if z_loss:  # which is a part of what is differentiated, and told apart
+            terms |= {"masked_lm_loss": aux["loss"] / jnp.maximum(num_tokens, 1)}
+            terms |= {"z_loss": aux["z_loss"] / jnp.maximum(num_tokens, 1)}
+        return masked_lm_loss + next_sentence_loss, terms
 
     def add_micro_batch(sums, indexed_micro_batch):
         index, micro_batch = indexed_micro_batch
@@ -522,7 +530,7 @@ def sum_gradients(
         grads, terms = grad_fn(params, micro_batch, {"dropout": jax.random.fold_in(device_rng, index)})
         return jax.tree.map(jnp.add, sums, (terms, grads)), None
 
-    zeros = {"masked_lm_loss": jnp.zeros(()), "next_sentence_loss": jnp.zeros(())}, jax.tree.map(jnp.zeros_like, params)
+    zeros = {name: jnp.zeros(()) for name in names}, jax.tree.map(jnp.zeros_like, params)
     micro_batches = {name: array for name, array in batch.items() if name != "stop"}
     (losses, grads), _ = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(len(batch["stop"])), micro_batches))
     sums, grads = sharding.sum_over_devices((losses | {"stop": batch["stop"].max()}, grads))
@@ -564,11 +572,14 @@ def make_steps(
     optimizer: optax.GradientTransformation,
     learning_rate_fn: optax.Schedule,
     devices: sharding.Devices,
+    z_loss: float = 0.0,
 ) -> tuple[sharding.CompiledStep, sharding.CompiledStep]:
-    """Both steps as programs over all devices, p_train_step and p_eval_step, compiled when they are first called."""
-    gradients_fn = sharding.on_each_device(
-        functools.partial(sum_gradients, loss_fn=loss_fn), devices, sharding.PER_MICRO_BATCH, gives_gradients=True
-    )
+    """Both steps as programs over all devices, p_train_step and p_eval_step, compiled when they are first called.
+
+    `z_loss` is of training only, so that evaluations are comparable.
+    """
+    sum_fn = functools.partial(sum_gradients, loss_fn=loss_fn, z_loss=z_loss)
+    gradients_fn = sharding.on_each_device(sum_fn, devices, sharding.PER_MICRO_BATCH, gives_gradients=True)
     step_fn = functools.partial(train_step, gradients_fn=gradients_fn, optimizer=optimizer, learning_rate_fn=learning_rate_fn)
     eval_fn = sharding.on_each_device(functools.partial(eval_step, loss_fn=loss_fn), devices, sharding.PER_ROW)
     return sharding.CompiledStep("training", step_fn, gives_state=True), sharding.CompiledStep("evaluation", eval_fn)
@@ -608,7 +619,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     learning_rate_fn = optimizers.make_learning_rate(training_args, plan)
     optimizer = optimizers.make_optimizer(training_args, learning_rate_fn)
     model_loss_fn = functools.partial(loss_fn, model=model)
-    p_train_step, p_eval_step = make_steps(model_loss_fn, optimizer, learning_rate_fn, devices)
+    p_train_step, p_eval_step = make_steps(model_loss_fn, optimizer, learning_rate_fn, devices, training_args.z_loss)
     evaluate = evaluation.Evaluator(
         data.validation, collator, plan, training_args.seed, devices.mesh, p_eval_step, eval_metrics
     )

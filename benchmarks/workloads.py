@@ -202,7 +202,7 @@ def compile_later(
     loss_fn = functools.partial(script.loss_fn, model=model)
     learning_rate_fn = optimizers.make_learning_rate(args.training, plan)
     optimizer = optimizers.make_optimizer(args.training, learning_rate_fn)
-    return script.make_steps(loss_fn, optimizer, learning_rate_fn, devices)[0], optimizer
+    return script.make_steps(loss_fn, optimizer, learning_rate_fn, devices, args.training.z_loss)[0], optimizer
 
 
 def describe_model(setup: Setup, args: argparse.Namespace, num_params: int, target_length: int) -> str:

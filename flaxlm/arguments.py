@@ -30,22 +30,48 @@ class TrainingArguments:
     weight_decay: float = field(
         default=0.0, metadata={"help": "Decoupled decay, times the learning rate, of matrices; not of biases and norms."}
     )
-    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW: decay of the first moment, in [0, 1)."})
-    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW: decay of the second moment, in [0, 1)."})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW: added to the denominator."})
-    adafactor: bool = field(default=False, metadata={"help": "Adafactor instead of AdamW: far less optimizer memory."})
-    lamb: bool = field(
-        default=False, metadata={"help": "LAMB instead of AdamW, for very large batches; flags of AdamW hold for it too."}
+    optim: Literal["adamw", "adafactor", "lamb", "lion", "muon"] = field(
+        default="adamw",
+        metadata={
+            "help": "Optimizer. adafactor: far less memory; lamb: for very large batches; lion: half AdamW's memory, a third "
+            "to a tenth of its learning rate; muon: orthogonal updates of the layers' matrices, AdamW for all else."
+        },
     )
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW: decay of the first moment, in [0, 1)."})
+    adam_beta2: float = field(
+        default=0.999, metadata={"help": "AdamW: decay of the second moment, in [0, 1). Unset: with --optim lion 0.99."}
+    )
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW: added to the denominator."})
+    adafactor: bool = field(default=False, metadata={"help": "The same as --optim adafactor."})
+    lamb: bool = field(default=False, metadata={"help": "The same as --optim lamb; flags of AdamW hold for it too."})
     lamb_no_bias_correction: bool = field(default=False, metadata={"help": "LAMB without Adam's bias correction."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this global norm; 0 does not clip."})
+    z_loss: float = field(
+        default=0.0,
+        metadata={
+            "help": "Add this times log(Z)^2 per label to what is minimised, Z being what softmax divides by; PaLM 1e-4. It "
+            "keeps scores from drifting; evaluation is without it."
+        },
+    )
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training rows; fractions count."})
     max_steps: int = field(
         default=-1,
         metadata={"aliases": ["--num_train_steps"], "help": "Number of steps; if positive, it overrides num_train_epochs."},
     )
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = field(
-        default="linear", metadata={"help": "Learning rate after the warmup: down to zero in a line or a cosine, or kept."}
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt", "warmup_stable_decay"] = field(
+        default="linear",
+        metadata={
+            "help": "Learning rate after the warmup: down to min_lr_ratio in a line, a cosine or a polynomial; kept; kept, "
+            "then down in a line at the end (warmup_stable_decay); or falling with the root of the step (inverse_sqrt)."
+        },
+    )
+    min_lr_ratio: float = field(default=0.0, metadata={"help": "Share of the peak that the learning rate ends at, in [0, 1]."})
+    num_decay_steps: int | None = field(
+        default=None,
+        metadata={"help": "warmup_stable_decay: steps of the decay at the end. Unset: a tenth of all steps, rounded up."},
+    )
+    lr_power: float = field(
+        default=1.0, metadata={"help": "polynomial: power of the share of steps that is left, above 0; 1 is a line."}
     )
     groupbert_schedule: bool = field(
         default=False, metadata={"help": "Warmup along a square root instead of a line, then a line down to 1e-7 instead of 0."}
@@ -269,6 +295,13 @@ Classes = Mapping[str, type[nn.Module]]  # the models that an objective can trai
 def supported(classes: Classes) -> str:
     """A sentence listing the types."""
     return f"supported are {', '.join(classes)}"
+
+
+def optimizer_of(training_args: TrainingArguments) -> str:
+    """The value of --optim that the flags mean, --adafactor and --lamb being older ones for two of them."""
+    if training_args.adafactor or training_args.lamb:
+        return "adafactor" if training_args.adafactor else "lamb"
+    return training_args.optim
 
 
 class Arguments(NamedTuple):

@@ -17,9 +17,10 @@ GROUPS = {
     "data": [f.name for f in dataclasses.fields(arguments.DataArguments)],
     "training": [
         "do_train", "do_eval", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-        "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio",
-        "groupbert_schedule", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "adafactor", "lamb",
-        "lamb_no_bias_correction", "max_grad_norm", "seed", "attention_implementation", "gradient_checkpointing", "fsdp",
+        "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "min_lr_ratio", "num_decay_steps",
+        "lr_power", "warmup_steps", "warmup_ratio", "groupbert_schedule", "optim", "weight_decay", "adam_beta1", "adam_beta2",
+        "adam_epsilon", "adafactor", "lamb", "lamb_no_bias_correction", "max_grad_norm", "z_loss", "seed",
+        "attention_implementation", "gradient_checkpointing", "fsdp",
         "compile_for", "json",
     ],
     "logging, saving, resuming": [
@@ -59,6 +60,7 @@ def parse(
     if args.training.compile_for:
         forget_the_run(args.training)
     check_training_arguments(args.training)
+    settle_optimizer(args.training, parser.given)
     check_model_arguments(args.model, args.training, classes)
     if not args.training.compile_for:
         check_data_arguments(args.data, args.training, args.model.token)
@@ -92,6 +94,10 @@ LIMITS = {
     "adam_beta2": (0, math.nextafter(1, 0)),
     "adam_epsilon": (0, math.inf),
     "max_grad_norm": (0, math.inf),
+    "z_loss": (0, math.inf),
+    "min_lr_ratio": (0, 1),
+    "num_decay_steps": (1, math.inf),
+    "lr_power": (math.nextafter(0, 1), math.inf),
     "num_train_epochs": (math.nextafter(0, 1), math.inf),
     "warmup_steps": (0, math.inf),
     "warmup_ratio": (0, 1),
@@ -154,10 +160,43 @@ def check_training_arguments(training_args: arguments.TrainingArguments) -> None
         cli.fail("--json: says how --compile_for answers; add that or drop the flag")
     if training_args.lamb and training_args.adafactor:
         cli.fail("--lamb, --adafactor: name one optimizer")
-    if training_args.lamb_no_bias_correction and not training_args.lamb:
+    name = arguments.optimizer_of(training_args)
+    if training_args.optim not in ("adamw", name):
+        cli.fail(f"--optim {training_args.optim}, --{name}: name one optimizer")
+    if training_args.lamb_no_bias_correction and name != "lamb":
         cli.fail("--lamb_no_bias_correction: changes LAMB; add --lamb or drop the flag")
-    if training_args.groupbert_schedule and training_args.lr_scheduler_type != "linear":
-        cli.fail(f"--lr_scheduler_type {training_args.lr_scheduler_type}: not with --groupbert_schedule, which is linear")
+    check_schedule(training_args)
+
+
+DECAYING = ("linear", "cosine", "polynomial", "warmup_stable_decay")  # schedules with an end to go down to
+
+
+def check_schedule(training_args: arguments.TrainingArguments) -> None:
+    """Has the schedule what the flags change of it, and the run room for it? Where epochs count that is seen later."""
+    kind, max_steps = training_args.lr_scheduler_type, training_args.max_steps
+    if training_args.groupbert_schedule and kind != "linear":
+        cli.fail(f"--lr_scheduler_type {kind}: not with --groupbert_schedule, which is linear")
+    if training_args.min_lr_ratio and (training_args.groupbert_schedule or kind not in DECAYING):
+        schedule = "--groupbert_schedule" if training_args.groupbert_schedule else f"--lr_scheduler_type {kind}"
+        cli.fail(f"--min_lr_ratio {training_args.min_lr_ratio}: not with {schedule}; with {', '.join(DECAYING)}")
+    if training_args.num_decay_steps and kind != "warmup_stable_decay":
+        cli.fail(f"--num_decay_steps: not with --lr_scheduler_type {kind}; add --lr_scheduler_type warmup_stable_decay")
+    if training_args.lr_power != 1 and kind != "polynomial":
+        cli.fail(f"--lr_power: not with --lr_scheduler_type {kind}; add --lr_scheduler_type polynomial")
+    num_steps = training_args.warmup_steps + (training_args.num_decay_steps or 0)
+    if training_args.num_decay_steps and num_steps > max_steps > 0:
+        cli.fail(
+            f"--num_decay_steps {training_args.num_decay_steps}: with --warmup_steps {training_args.warmup_steps} more than"
+            f" --max_steps {max_steps}; lower one of them"
+        )
+
+
+def settle_optimizer(training_args: arguments.TrainingArguments, given: set[str]) -> None:
+    """One name for the optimizer, whichever flag named it, so that records and checkpoints tell it alike; Lion's defaults."""
+    training_args.optim = arguments.optimizer_of(training_args)
+    training_args.adafactor = training_args.lamb = False
+    if training_args.optim == "lion" and "adam_beta2" not in given:
+        training_args.adam_beta2 = 0.99
 
 
 def check_data_arguments(

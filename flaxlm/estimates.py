@@ -158,7 +158,7 @@ def compile_steps(
     learning_rate_fn = optimizers.make_learning_rate(args.training, plan)
     optimizer = optimizers.make_optimizer(args.training, learning_rate_fn)
     loss_fn = functools.partial(script.loss_fn, model=model)
-    p_train_step, p_eval_step = script.make_steps(loss_fn, optimizer, learning_rate_fn, devices)
+    p_train_step, p_eval_step = script.make_steps(loss_fn, optimizer, learning_rate_fn, devices, args.training.z_loss)
     state = sharding.shapes_of_state(unflatten_dict(weights.shapes_of(model)), optimizer, devices)
     num_micro_batches = args.training.gradient_accumulation_steps
     batch = shapes_of_batch(script.collator, args.training.per_device_train_batch_size, devices, num_micro_batches)

@@ -96,6 +96,24 @@ BASE = ["--config_name", "x", "--tokenizer_name", "x", "--train_file", "README.m
             "--per_device_eval_batch_size 1000000000: must be at most 1048576",
         ),
         (["--per_device_train_batch_size", "2000000"], "--per_device_train_batch_size 2000000: must be at most 1048576"),
+        (["--min_lr_ratio", "1.5"], "--min_lr_ratio 1.5: must be between 0 and 1"),
+        (["--min_lr_ratio", "0.1", "--lr_scheduler_type", "constant"], "--min_lr_ratio 0.1: not with --lr_scheduler_type c"),
+        (["--min_lr_ratio", "0.1", "--lr_scheduler_type", "inverse_sqrt"], "--min_lr_ratio 0.1: not with .* inverse_sqrt"),
+        (["--min_lr_ratio", "0.1", "--groupbert_schedule"], "--min_lr_ratio 0.1: not with --groupbert_schedule"),
+        (["--num_decay_steps", "0"], "--num_decay_steps 0: must be at least 1"),
+        (["--num_decay_steps", "9"], "--num_decay_steps: not with --lr_scheduler_type linear; add .*warmup_stable_decay"),
+        (
+            ["--lr_scheduler_type", "warmup_stable_decay", "--max_steps", "9", "--warmup_steps", "5", "--num_decay_steps", "5"],
+            "--num_decay_steps 5: with --warmup_steps 5 more than --max_steps 9",
+        ),
+        (["--lr_power", "0"], "--lr_power 0.0: must be more than 0"),
+        (["--lr_power", "2"], "--lr_power: not with --lr_scheduler_type linear; add --lr_scheduler_type polynomial"),
+        (["--optim", "lion", "--adafactor"], "--optim lion, --adafactor: name one optimizer"),
+        (["--optim", "adafactor", "--lamb"], "--optim adafactor, --lamb: name one optimizer"),
+        (["--lamb", "--adafactor"], "--lamb, --adafactor: name one optimizer"),
+        (["--optim", "muon", "--lamb_no_bias_correction"], "--lamb_no_bias_correction: changes LAMB"),
+        (["--optim", "sgd"], "--optim"),
+        (["--z_loss", "-1"], "--z_loss -1.0: must be at least 0"),
         (["--output_dir", "gs://bucket/run"], "--output_dir gs://bucket/run: an address, .* --push_to_hub"),
         (["--output_dir", "s3://bucket/run"], "--output_dir s3://bucket/run: an address"),
         (["--config_name", "https://x.org/a"], "--config_name https://x.org/a: an address, .* download it first"),
@@ -117,6 +135,27 @@ def test_values_that_cannot_be(flags, message, refuses):
     """At once, before any file is looked for."""
     with refuses(message):
         command_line.parse([*BASE, *flags], script.DataTrainingArguments, script.MODELS, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "optim", "beta2"),
+    [
+        ([], "adamw", 0.999),
+        (["--adafactor"], "adafactor", 0.999),
+        (["--optim", "adafactor", "--adafactor"], "adafactor", 0.999),
+        (["--lamb"], "lamb", 0.999),
+        (["--optim", "lion"], "lion", 0.99),
+        (["--optim", "lion", "--adam_beta2", "0.999"], "lion", 0.999),
+        (["--optim", "lion", "--adam-beta2=0.95"], "lion", 0.95),
+        (["--optim", "muon"], "muon", 0.999),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_name_for_an_optimizer(flags, optim, beta2, corpus, tmp_path):
+    """Whichever flag named it; and Lion's own second beta, unless one is set."""
+    argv = [*BASE, "--train_file", str(corpus), "--output_dir", str(tmp_path / "out"), *flags]
+    found = command_line.parse(argv, script.DataTrainingArguments, script.MODELS, None).training
+    assert (found.optim, found.adam_beta2, found.adafactor, found.lamb) == (optim, beta2, False, False)
 
 
 def test_more_steps_than_can_be_counted(refuses):

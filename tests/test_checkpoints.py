@@ -519,7 +519,7 @@ def test_the_last_evaluation_of_a_finished_run_is_written_once(train, tmp_path):
         (["--gradient_accumulation_steps", 2], "--gradient_accumulation_steps) is 16, but "),
         (["--max_steps", 13], "the number of steps (--max_steps, --num_train_epochs) is 13, but "),
         (["--warmup_steps", 3], "the number of warmup steps (--warmup_steps, --warmup_ratio) is 3, but "),
-        (["--adafactor"], "--adafactor is True, but "),
+        (["--adafactor"], "--optim is adafactor, but "),
         (["--config_overrides", "hidden_dropout_prob=0.1"], "the configuration's attention_probs_dropout_prob is 0.0, but "),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -592,6 +592,18 @@ def test_train_longer_where_the_schedule_does_not_look_at_the_end(first, train, 
     assert "resume_changes" not in json.loads((tmp_path / "run_info.json").read_text())
 
 
+def test_train_longer_before_the_decay_begins(train, error_of, tmp_path):
+    """warmup_stable_decay: while the rate is kept nothing looks at the end; once it goes down that must be allowed."""
+    schedule = ["--lr_scheduler_type", "warmup_stable_decay", "--num_decay_steps", 4]
+    train(tmp_path / "at once", *schedule, "--max_steps", 14)
+    train_until(train, tmp_path / "longer", 8, *schedule)  # of 12, whose decay begins after step 8
+    train(tmp_path / "longer", *schedule, "--max_steps", 14, "--resume_from_checkpoint")
+    assert outcome(tmp_path / "longer")["state"] == outcome(tmp_path / "at once")["state"]
+    longer = [*schedule, "--max_steps", 20, "--resume_from_checkpoint"]
+    line = error_of(train, tmp_path / "longer", *longer)  # after all 14 steps, four of them going down
+    assert "allow it with --resume_changes max_steps" in line
+
+
 def test_a_change_that_is_allowed_is_made_and_recorded(stopped, uninterrupted, train):
     """From its step on: until then the curve is the old one. It is told in run_info.json and the model card, once."""
     changes = "max_steps,--learning-rate"
@@ -644,7 +656,7 @@ def test_changes_need_a_checkpoint(train, error_of, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [["--mlm_probability", 0.3], ["--per_device_train_batch_size", 4], ["--seed", 3],
+    "change", [["--mlm_probability", 0.3], ["--per_device_train_batch_size", 4], ["--max_grad_norm", 0.5], ["--seed", 3],
                ["--weight_decay", 0.1], ["--max_train_samples", 30]], ids=lambda change: change[0],
 )  # fmt: skip
 def test_other_changes(change, stopped, train, uninterrupted):

@@ -383,7 +383,7 @@ def test_no_label_in_the_batch_is_no_nan():
     """Loss 0 and unchanged weights instead of 0 / 0 (defect 28)."""
     devices, optimizer = sharding.all_devices(), optax.sgd(1.0)
 
-    def loss_fn(params, batch, rngs):
+    def loss_fn(params, batch, rngs, z_loss):
         return (params["w"] * batch["x"]).sum() * 0.0, {"weight": batch["x"].sum()}
 
     p_step, _ = script.make_steps(loss_fn, optimizer, optax.constant_schedule(1.0), devices)

@@ -265,6 +265,53 @@ def test_every_type_trains(module, model_type, more):
     assert found[-1] < 0.8 * found[0], found
 
 
+MODEL_OF = {
+    run_mlm_flax: "roberta", run_clm_flax: "gpt2", run_t5_mlm_flax: "t5", run_bart_dlm_flax: "bart",
+    run_pretraining_flax: "bert",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", MODEL_OF, ids=lambda module: module.__name__)
+def test_z_loss_is_of_training_only(module):
+    """A step of plain descent goes down the slope of cross-entropy and z-loss; it tells each alone. Evaluation has none."""
+    config = make_config(MODEL_OF[module], tie_word_embeddings=True)
+    module.DataTrainingArguments().adapt_config(config, 57)
+    for name in vars(config):
+        if re.search("drop", name) and isinstance(getattr(config, name), float):
+            setattr(config, name, 0.0)
+    batch, model = make_batch(module, config), make_model(module, config)
+    loss_fn, devices, optimizer = functools.partial(module.loss_fn, model=model), sharding.one_device(), optax.sgd(1.0)
+    options, params = {"xla_backend_optimization_level": 0}, make_params(model)
+    rows, rng = {name: array[None] for name, array in batch.items()} | {"stop": np.zeros((1, 1), np.int32)}, jax.random.key(0)
+    found = {}
+    for z_loss in (0.0, 0.1):
+        p_train_step, p_eval_step = module.make_steps(loss_fn, optimizer, optax.constant_schedule(1.0), devices, z_loss)
+        state = sharding.create_train_state(jax.tree.map(jnp.array, params), optimizer, devices)
+        state, metrics = p_train_step.lower(state, rows, rng).compile(options)(state, rows, rng)
+        one = batch | {"stop": np.zeros(1, np.int32)}
+        sums = p_eval_step.lower(params, one).compile(options)(params, one)
+        found[z_loss] = state.params, {name: float(value) for name, value in (metrics | {"eval": sums["loss"]}).items()}
+        assert sums.keys() & {"z_loss"} == set()
+
+    def penalty(params):
+        hidden = model.apply({"params": params}, *model_inputs(batch))
+        labelled = hidden.reshape(-1, hidden.shape[-1])[batch.get("label_positions", slice(None))]
+        scores = model.apply({"params": params}, labelled, method="scores")
+        weights_N = batch["label_weights"].reshape(-1)
+        return 0.1 * (jax.nn.logsumexp(scores, -1) ** 2 * weights_N).sum() / weights_N.sum()
+
+    expected, slope = jax.jit(jax.value_and_grad(penalty), compiler_options=options)(params)
+    (plain, without), (moved, metrics) = found[0.0], found[0.1]
+    assert metrics.pop("z_loss") == pytest.approx(float(expected), rel=1e-5)
+    assert without.pop("grad_norm") != pytest.approx(metrics.pop("grad_norm"), rel=1e-2)
+    assert metrics == pytest.approx(without, rel=1e-6)
+    for (path, grad), one, other in zip(
+        *(jax.tree.leaves_with_path(slope), *map(jax.tree.leaves, (plain, moved))), strict=True
+    ):
+        name, tolerance = jax.tree_util.keystr(path), 1e-4 * np.abs(grad).max() + 1e-5
+        np.testing.assert_allclose(one - other, grad, rtol=0, atol=tolerance, err_msg=name)
+
+
 STEPS = [
     "--max_steps", "5", "--learning_rate", "1e-3", "--logging_steps", "1", "--max_eval_samples", "19",
     "--adam_epsilon", "1e-4",  # gradients that are zero but for rounding, as that of the bias of keys, Adam would blow up
@@ -348,6 +395,28 @@ def test_resumed_equals_uninterrupted(script, more, train, tmp_path):
     train_until(train, tmp_path / "stopped", 3, *flags)
     train(tmp_path / "stopped", *flags, "--resume_from_checkpoint")
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+OPTIMIZERS = {
+    "muon": ["--max_grad_norm", 0.5, "--lr_scheduler_type", "warmup_stable_decay", "--z_loss", 1e-3, "--weight_decay", 0.1],
+    "lion": ["--lr_scheduler_type", "inverse_sqrt", "--weight_decay", 0.1],
+}
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("script", SCRIPTS[1:2], ids=lambda script: script.module.__name__, scope="module")
+def test_resumed_with_other_optimizers(script, optim, train, capsys, tmp_path):
+    """The same with each; the z-loss is a part of its own in log and curves, and no part of the loss."""
+    flags = [*SIX_STEPS, "--max_train_samples", 43, "--max_eval_samples", 12, "--config_overrides", script.dropout]
+    flags += ["--optim", optim, *OPTIMIZERS[optim]]
+    train(tmp_path / "whole", *flags)
+    train_until(train, tmp_path / "stopped", 3, *flags)
+    train(tmp_path / "stopped", *flags, "--resume_from_checkpoint")
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+    points = read_events(tmp_path / "whole")
+    assert ("train_z_loss" in points) == (optim == "muon")
+    line = re.search(r"loss \d\.\d{4}, z loss 0\.0\d{3}, learning rate", capsys.readouterr().err)
+    assert (line is not None) == (optim == "muon")
 
 
 @RESUMED

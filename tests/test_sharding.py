@@ -86,6 +86,7 @@ def test_spread_equals_replicated(case, line, tmp_path):
     more = {"adamw": [], "adafactor": ["--adafactor", "--gradient_checkpointing"]}
     more["lamb"] = ["--lamb", "--max_grad_norm", 0.5]
     more["lamb"] += ["--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 1]
+    more["muon"] = ["--optim", "muon", "--z_loss", 1e-3, "--max_grad_norm", 0.5]
     runs = more | {f"{name}-spread": [*f, "--fsdp"] for name, f in more.items()}
     log = run_lines(case.script, *(line(tmp_path / name, *flags) for name, flags in runs.items()))
     for name in more:
@@ -101,6 +102,17 @@ def test_spread_equals_replicated(case, line, tmp_path):
     said = re.findall(r"([\d.]+) MiB on each device instead of ([\d.]+) MiB", log)
     assert len(said) == len(more)
     assert float(said[0][0]) < float(said[0][1]) / 5, said  # norms and biases are on every device, here not few
+
+
+@pytest.mark.parametrize("case", CASES[1:2], ids=["run_clm_flax"], indirect=True)
+def test_muon_on_one_device_and_spread_over_eight(case, line, tmp_path):
+    """Its products are of whole matrices, wherever their parts lie; without dropout, which differs between devices."""
+    flags = ["--config_overrides", "n_embd=128,resid_pdrop=0", "--max_steps", 8, "--optim", "muon", "--weight_decay", 0.1]
+    run_lines(case.script, line(tmp_path / "one", *flags, "--per_device_train_batch_size", 16), devices=1)
+    run_lines(case.script, line(tmp_path / "eight", *flags, "--fsdp"))
+    one, two = (read_events(tmp_path / run) for run in ("one", "eight"))
+    for tag in ("train_loss", "train_grad_norm", "eval_loss"):
+        assert [v for _, v in one[tag]] == pytest.approx([v for _, v in two[tag]], rel=1e-5), tag
 
 
 def test_spread_goes_on_exactly(case, line, tmp_path):
