@@ -10,6 +10,7 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     sentences    where the sentences of a text begin
     arguments    the flags that all training scripts share
     processes    several processes that train together, and being told to stop
+    reporters    where points of a run go: TensorBoard, Weights & Biases, Trackio
     outputs      what lies in output_dir, and whose it is
     command_line  the command line of a training script, read and checked
     sharding     what lies where on the devices, compiled steps, the state they update
@@ -33,7 +34,7 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     batches      sizes, order, noise, and on to the devices
     optimizers   learning rate schedules, optimizers
     estimates    what a run would take of a machine
-    logs         log lines, progress, TensorBoard
+    logs         log lines, progress
     evaluation   exact over all rows
     hub          uploads
     checkpoints  the training state on disk

@@ -219,6 +219,8 @@ class ScriptArgumentParser(HfArgumentParser):
             action = self._option_string_actions.get(f"--{name}")  # the names of flags, and other names they go by
             if action is None:
                 fail(f"{path}: '{name}': {self.objection(name)}")
+            if isinstance(value, list) and action.nargs == "+":
+                value = " ".join(map(str, value))
             if isinstance(value, dict | list):
                 fail(f"{path}: '{name}': takes one value, not a {'list' if isinstance(value, list) else 'JSON object'}")
             if isinstance(value, bool) and action.type is str:

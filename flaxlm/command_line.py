@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from flaxlm import arguments, cli, files, outputs
+from flaxlm import arguments, cli, files, outputs, reporters
 
 # Headings of --help; an objective's own flags stand above them.
 GROUPS = {
@@ -23,7 +23,8 @@ GROUPS = {
         "compile_for", "json",
     ],
     "logging, saving, resuming": [
-        "output_dir", "overwrite_output_dir", "logging_steps", "logging_first_step", "eval_steps", "save_steps",
+        "output_dir", "overwrite_output_dir", "logging_steps", "logging_first_step", "report_to", "project",
+        "run_name", "profile_steps", "eval_steps", "save_steps",
         "save_total_limit", "save_safetensors", "resume_from_checkpoint",
     ],
     "the Hub": ["push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy"],
@@ -49,6 +50,8 @@ def parse(
     args = arguments.Arguments(*parser.parse(argv))
     if "logging_steps" not in parser.given:
         args.training.least_log_lines = 10
+    if isinstance(args.training.report_to, list):  # as argparse gives several words
+        args.training.report_to = " ".join(args.training.report_to)
     args.training.output_dir = os.path.expanduser(args.training.output_dir)
     if not (args.training.do_train or args.training.do_eval):
         args.training.do_train = args.training.do_eval = True
@@ -61,6 +64,7 @@ def parse(
     check_model_arguments(args.model, args.training, classes)
     if not args.training.compile_for:
         check_data_arguments(args.data, args.training)
+        reporters.check(args.training)
         check_output_dir(args.training)
     args.data.check(args.model)
     return args

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The log of training: lines, progress bar and TensorBoard points, without making the devices wait."""
+"""The log of training: lines, progress bar and points for reporters, without making the devices wait."""
 
 import logging
 import math
@@ -7,17 +7,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.summary import Writer
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from flaxlm import arguments, batches, cli, corpus, processes
+from flaxlm import arguments, batches, cli, corpus, reporters
 
 logger = logging.getLogger(__name__)
 
@@ -48,55 +44,13 @@ class NonFiniteError(cli.Accident):
         )
 
 
-class Points:
-    """TensorBoard points, from process 0. Where they cannot be written that is reported, once, and training goes on.
-
-    Those from step `first` on that are there already are struck out.
-    """
-
-    def __init__(self, output_dir: str, first: int):
-        self.failed, self.writer = False, None
-        if processes.is_main():
-            self.attempt(self.open, output_dir, first)
-
-    def open(self, output_dir: str, first: int) -> None:
-        # TensorBoard drops points from this step on at every session start but the first, so a fresh run needs one too.
-        events = EventFileWriter(output_dir)
-        events.add_event(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
-        events.close()
-        self.writer = Writer(output_dir)
-
-    def attempt(self, write: Callable, *args) -> None:
-        """Do this, unless it has failed before. TensorBoard writes in a thread and raises what happened there later."""
-        if self.failed:
-            return
-        try:
-            write(*args)
-        except Exception as error:
-            self.failed = True
-            logger.error("TensorBoard's points can no longer be written: %s; training goes on", cli.first_line(error))
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            if self.writer:
-                self.attempt(self.writer.add_scalar, name, value, step)
-
-    def flush(self) -> None:
-        if self.writer:
-            self.attempt(self.writer.flush)
-
-    def close(self) -> None:
-        if self.writer:
-            self.attempt(self.writer.close)
-
-
 class TrainingLog:
-    """Log line, progress bar and TensorBoard points of the training steps.
+    """Log line, progress bar and points of the training steps.
 
     The metrics of a step are fetched when the next one has been dispatched, so that the devices never wait for the log.
     """
 
-    def __init__(self, training_args: arguments.TrainingArguments, plan: batches.Plan, points: Points | None):
+    def __init__(self, training_args: arguments.TrainingArguments, plan: batches.Plan, points: reporters.Reports | None):
         self.args, self.plan, self.points, self.stopwatch = training_args, plan, points, Stopwatch()
         self.pending: tuple | None = None
         self.window: list[dict[str, float]] = []
@@ -112,7 +66,9 @@ class TrainingLog:
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of the log, so that a resumed run writes what an uninterrupted one would."""
-        return {name: getattr(self, name) for name in self.CARRIED_ON} | {"train_time": self.stopwatch.seconds()}
+        progress = {name: getattr(self, name) for name in self.CARRIED_ON} | {"train_time": self.stopwatch.seconds()}
+        identities = self.points.identities if self.points else {}
+        return progress | ({"reports": identities} if identities else {})
 
     def resume(self, progress: Mapping[str, Any]) -> None:
         """Take up the log of a checkpoint."""
@@ -144,7 +100,7 @@ class TrainingLog:
             self.write(step)
 
     def write(self, step: int) -> None:
-        """Write the window since the last line: means weighted by labels on the log line, every step to TensorBoard."""
+        """Write the window since the last line: means weighted by labels on the log line, every step to the reporters."""
         seconds = self.stopwatch.seconds()
         last = self.window[-1]
         losses = [name for name in last if name == "loss" or name.endswith("_loss")]  # the whole, then parts if it has some
@@ -164,7 +120,7 @@ class TrainingLog:
                 values = {f"train_{name}": point[name] for name in (*losses, "learning_rate", "grad_norm")}
                 self.points.add(point["step"], values)
             self.points.add(step, {"train_time": seconds, "train_tokens_per_second": tokens_per_second})
-            self.points.flush()
+            self.points.flush(through=step)
         self.loss_sum, self.weight_sum = self.loss_sum + loss_sum, self.weight_sum + weight_sum
         self.num_tokens += num_tokens
         self.curve.append((step, loss_sum / max(weight_sum, 1)))
@@ -185,26 +141,6 @@ class TrainingLog:
             "train_steps": self.plan.num_steps,
             "train_tokens_per_second": self.num_tokens / max(seconds, 1e-9),
         }
-
-
-def open_training_points(output_dir: str, progress: Mapping[str, Any] | None) -> Points:
-    """Where those of training go; what an interrupted run wrote after the checkpoint that is resumed from is struck out."""
-    first, evaluations = 0, {}
-    if progress:
-        window = progress["window"]
-        first = window[0]["step"] if window else progress["step"] + 1  # points before it are written, those from it on not yet
-        evaluations = {int(step): metrics for step, metrics in progress["evaluations"].items() if int(step) >= first}
-    points = Points(output_dir, first)
-    for step, metrics in evaluations.items():
-        points.add(step, metrics)
-    return points
-
-
-def has_point(output_dir: str, tag: str, step: int) -> bool:
-    """Do the event files in a directory hold a point of this name at this step?"""
-    events = EventAccumulator(output_dir, tensor_size_guidance={"scalars": 0})
-    events.Reload()
-    return tag in events.Tags()["tensors"] and any(event.step == step for event in events.Tensors(tag))
 
 
 def log_plan(plan: batches.Plan, data: corpus.Corpus, row_length: int, params: Any) -> None:

@@ -10,7 +10,21 @@ import flax.linen as nn
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from flaxlm import arguments, batches, cards, checkpoints, cli, corpus, files, hub, logs, outputs, processes, sharding
+from flaxlm import (
+    arguments,
+    batches,
+    cards,
+    checkpoints,
+    cli,
+    corpus,
+    files,
+    hub,
+    logs,
+    outputs,
+    processes,
+    reporters,
+    sharding,
+)
 
 
 class Run:
@@ -46,7 +60,7 @@ class Run:
         self.stop, self.exits = processes.StopSignal(), contextlib.ExitStack()
         self.saver: checkpoints.Saver | None = None
         self.log: logs.TrainingLog | None = None
-        self.points: logs.Points | None = None
+        self.points: reporters.Reports | None = None
         self.state: sharding.TrainState | None = None
         self.step, self.position = 0, None
         self.evaluations: dict[int, dict[str, float]] = {}
@@ -74,7 +88,8 @@ class Run:
             state, progress = checkpoints.restore(resume_from, output_dir, state, identity)
             cli.logger.info("Resuming after step %d", progress["step"])
         self.write("run_info.json", cards.run_info(self.script, self.args))
-        self.points = logs.open_training_points(training_args.output_dir, progress)
+        self.points = reporters.open_reports(self.args, self.model.config, progress)
+        self.exits.callback(self.points.close)
         self.log = logs.TrainingLog(training_args, self.plan, self.points)
         if progress:
             self.log.resume(progress)
@@ -137,18 +152,18 @@ class Run:
         return what == "last eval" or bool(at_intervals)
 
     def report(self, metrics: dict[str, float]) -> None:
-        """Note the metrics of an evaluation, in the log and in TensorBoard."""
+        """Note the metrics of an evaluation, in the log and to the reporters."""
         self.evaluations[self.step] = metrics
         figures = ", ".join(f"{name[5:]} {value:.4f}" for name, value in metrics.items())
         cli.logger.info("evaluation at step %d: %s", self.step, figures)
         if self.points and not self.is_reported(next(iter(metrics))):
             self.points.add(self.step, metrics)
-            self.points.flush()
+            self.points.flush(through=None if self.log.window else self.step)  # a window is written at its log line
 
     def is_reported(self, name: str) -> bool:
         """Has a run that was finished already, and is resumed, written this point of its last evaluation?"""
         is_resumed = self.saver is not None and self.saver.resumed_step == self.step == self.plan.num_steps
-        return is_resumed and processes.is_main() and logs.has_point(self.args.training.output_dir, name, self.step)
+        return is_resumed and processes.is_main() and reporters.has_point(self.args.training.output_dir, name, self.step)
 
     def save(self) -> None:
         """Save the state after this step and the model, in the background; an upload follows."""
@@ -177,8 +192,8 @@ class Run:
             self.saver.check()
         if self.hub:
             self.hub.check()
-        if self.unwritten or (self.points and self.points.failed):
-            missing = [*self.unwritten, *["TensorBoard's points"] * bool(self.points and self.points.failed)]
+        missing = [*self.unwritten, *["TensorBoard's points"] * bool(self.points and "tensorboard" in self.points.failed)]
+        if missing:  # a server that keeps points for others is no part of the results
             raise cli.Accident(f"not written in {self.args.training.output_dir}: {', '.join(missing)}; the log says why")
 
     def write(self, name: str, values: Mapping[str, Any]) -> None:
