@@ -10,6 +10,7 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     sentences    where the sentences of a text begin
     arguments    the flags that all training scripts share
     processes    several processes that train together, and being told to stop
+    profiles     a trace of some steps
     reporters    where points of a run go: TensorBoard, Weights & Biases, Trackio
     outputs      what lies in output_dir, and whose it is
     command_line  the command line of a training script, read and checked

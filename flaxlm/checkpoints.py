@@ -272,7 +272,8 @@ def check_progress(progress: Any) -> None:
 # Flags that a resumed run may change: they decide what is written, where and when, not what is computed.
 FREE_FLAGS = {
     "output_dir", "overwrite_output_dir", "do_train", "do_eval", "per_device_eval_batch_size", "logging_steps",
-    "logging_first_step", "report_to", "project", "run_name", "profile_steps", "save_steps", "save_total_limit", "save_safetensors", "eval_steps", "resume_from_checkpoint",
+    "logging_first_step", "report_to", "project", "run_name", "profile_steps",
+    "save_steps", "save_total_limit", "save_safetensors", "eval_steps", "resume_from_checkpoint",
     "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "multihost", "coordinator_address", "num_processes",
     "process_id", "fsdp", "compile_for", "json", "cache_dir", "overwrite_cache", "preprocessing_num_workers",
     "max_eval_samples", "trust_remote_code",

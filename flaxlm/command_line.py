@@ -4,12 +4,13 @@
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from flaxlm import arguments, cli, files, outputs, reporters
+from flaxlm import arguments, cli, files, outputs, profiles, reporters
 
 # Headings of --help; an objective's own flags stand above them.
 GROUPS = {
@@ -65,6 +66,7 @@ def parse(
     if not args.training.compile_for:
         check_data_arguments(args.data, args.training)
         reporters.check(args.training)
+        profiles.check(args.training, args.training.max_steps if args.training.max_steps > 0 else sys.maxsize)
         check_output_dir(args.training)
     args.data.check(args.model)
     return args

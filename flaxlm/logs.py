@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from flaxlm import arguments, batches, cli, corpus, reporters
+from flaxlm import arguments, batches, cli, corpus, machines, reporters
+from flaxlm.machines import GIB
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,27 @@ class NonFiniteError(cli.Accident):
         )
 
 
+class Speed(NamedTuple):
+    """What a step computes, and what the devices could.
+
+    Attributes:
+        flops_per_step: floating-point operations of the model and its gradients in one update, on all devices.
+        peak_flops: per second and device.
+    """
+
+    flops_per_step: float
+    num_devices: int
+    peak_flops: float
+
+
+def mfu(speed: Speed, num_steps: int, seconds: float) -> float:
+    """Model FLOP utilisation, 0 to 1: what of the devices' arithmetic went into the model (Chowdhery et al. 2022, PaLM, B).
+
+    What --gradient_checkpointing and chunked attention compute again is no part of the model and does not count.
+    """
+    return speed.flops_per_step * num_steps / (max(seconds, 1e-9) * speed.num_devices * speed.peak_flops)
+
+
 class TrainingLog:
     """Log line, progress bar and points of the training steps.
 
@@ -57,6 +79,8 @@ class TrainingLog:
         self.curve: list[tuple[int, float]] = []
         self.window_started = self.loss_sum = self.weight_sum = self.num_tokens = 0.0
         self.stop_agreed = False
+        self.speed: Speed | None = None  # where the devices' is known
+        self.memory = 0  # bytes, the most that a log line has told
         self.interval = training_args.logging_steps
         if training_args.least_log_lines:  # a short run should not be silent to its end
             self.interval = max(1, min(self.interval, plan.num_steps // training_args.least_log_lines))
@@ -108,18 +132,27 @@ class TrainingLog:
         loss_sum, weight_sum = sums["loss"], sum(point["weight"] for point in self.window)
         num_tokens = sum(point["tokens"] for point in self.window)
         tokens_per_second = num_tokens / max(seconds - self.window_started, 1e-9)
+        measured = {"train_time": seconds, "train_tokens_per_second": tokens_per_second}
+        words = [f"{tokens_per_second:,.0f} tokens/s"]
+        if self.speed:
+            measured["train_mfu"] = mfu(self.speed, len(self.window), seconds - self.window_started)
+            words.append(f"MFU {measured['train_mfu']:.1%}")
+        if memory := machines.memory_in_use():
+            self.memory = max(self.memory, memory.used)
+            measured["train_memory_gib"] = memory.used / GIB
+            words.append(f"memory {memory.used / GIB:.1f} of {memory.limit / GIB:.1f} GiB")
         epoch = f" (epoch {self.plan.epoch(step):.2f})" if self.plan.steps_per_epoch else ""
         logger.info(
-            "step %d of %d%s: %s, learning rate %.3g, gradient norm %.3g, %s tokens/s",
+            "step %d of %d%s: %s, learning rate %.3g, gradient norm %.3g, %s",
             step, self.plan.num_steps, epoch,
             ", ".join(f"{name.replace('_', ' ')} {sums[name] / max(weight_sum, 1):.4f}" for name in losses),
-            last["learning_rate"], last["grad_norm"], f"{tokens_per_second:,.0f}",
+            last["learning_rate"], last["grad_norm"], ", ".join(words),
         )  # fmt: skip
         if self.points:
             for point in self.window:
                 values = {f"train_{name}": point[name] for name in (*losses, "learning_rate", "grad_norm")}
                 self.points.add(point["step"], values)
-            self.points.add(step, {"train_time": seconds, "train_tokens_per_second": tokens_per_second})
+            self.points.add(step, measured)
             self.points.flush(through=step)
         self.loss_sum, self.weight_sum = self.loss_sum + loss_sum, self.weight_sum + weight_sum
         self.num_tokens += num_tokens
@@ -132,8 +165,12 @@ class TrainingLog:
 
     def results(self, num_train_rows: int | None) -> dict[str, float]:
         """train_results.json: totals over the run."""
-        seconds = self.stopwatch.seconds()
-        return {
+        seconds, measured = self.stopwatch.seconds(), {}
+        if self.speed:
+            measured["train_mfu"] = mfu(self.speed, self.plan.num_steps, seconds)
+        if self.memory:
+            measured["train_memory_gib"] = self.memory / GIB
+        return measured | {
             "epoch": self.plan.epoch(self.plan.num_steps),
             "train_loss": self.loss_sum / max(self.weight_sum, 1),
             "train_runtime": seconds,

@@ -17,11 +17,14 @@ from flaxlm import (
     checkpoints,
     cli,
     corpus,
+    estimates,
     files,
     hub,
     logs,
+    machines,
     outputs,
     processes,
+    profiles,
     reporters,
     sharding,
 )
@@ -65,6 +68,7 @@ class Run:
         self.step, self.position = 0, None
         self.evaluations: dict[int, dict[str, float]] = {}
         self.results: dict[str, float] = {}
+        self.profile = profiles.Profile(args.training, plan.num_steps)
         self.unwritten: list[str] = []  # files that could not be written
 
     def __enter__(self) -> "Run":
@@ -90,14 +94,28 @@ class Run:
         self.write("run_info.json", cards.run_info(self.script, self.args))
         self.points = reporters.open_reports(self.args, self.model.config, progress)
         self.exits.callback(self.points.close)
+        self.exits.callback(self.profile.close)
         self.log = logs.TrainingLog(training_args, self.plan, self.points)
         if progress:
             self.log.resume(progress)
             self.saver.resume(progress["step"])
+            self.profile.resume(progress["step"])
             self.evaluations = {int(step): metrics for step, metrics in progress["evaluations"].items()}
             self.position = progress["positions"][self.plan.process_index]
         self.state, self.step = state, int(state.step)
         return state
+
+    def measure(self, script: estimates.Script) -> None:
+        """Count the model's arithmetic, so that the log tells how much of the devices' speed it uses, if that is known.
+
+        It takes a second or more, and none where the speed is not known: on a CPU.
+        """
+        machine = machines.this()
+        peak_flops = machine.peak_flops.get(self.args.model.dtype)
+        if peak_flops:
+            flops_per_device, _ = estimates.count_flops(self.args, script)
+            num_devices = len(machine.devices)
+            self.log.speed = logs.Speed(flops_per_device * num_devices, num_devices, peak_flops)
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -132,10 +150,12 @@ class Run:
         if self.log.stopwatch.started is None:
             self.log.stopwatch.start()
         self.stop.check(self.log.stop_agreed)
+        self.profile.begin(self.step + 1, self.state, self.log.stopwatch)
 
     def end_step(self, state: sharding.TrainState, metrics: Mapping[str, jax.Array], batch: batches.DeviceBatch) -> None:
         """Take what a step gave. Its metrics are fetched at the next step, or now if something is due, which is not timed."""
         self.step, self.state, self.position = self.step + 1, state, batch.position
+        self.profile.end(self.step, state, self.log.stopwatch)
         self.log.add(self.step, metrics, batch.num_tokens)
         if self.is_due("eval") or self.is_due("save"):
             self.log.fetch()
