@@ -73,7 +73,17 @@ def test_utilisation():
 def test_a_line_tells_how_much_of_the_devices_is_used(extra, gpt2_dir, corpus, messages_logged):
     """By the arithmetic of a script's step, as a formula has it; what is computed again to save memory does not count."""
     flags = ["--config_name", gpt2_dir, "--tokenizer_name", gpt2_dir, "--output_dir", "x", "--train_file", corpus]
-    flags += ["--block_size", 32, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, *extra]
+    flags += [
+        "--logging_steps",
+        2,
+        "--block_size",
+        32,
+        "--per_device_train_batch_size",
+        4,
+        "--gradient_accumulation_steps",
+        2,
+        *extra,
+    ]
     args = command_line.parse([str(flag) for flag in flags], run_clm_flax.DataTrainingArguments, run_clm_flax.MODELS, None)
     config = configurations.load_config(args.model, run_clm_flax.MODELS)
     collator = run_clm_flax.Collator(tokenization.load_tokenizer(args.model), config, args.data, 32)

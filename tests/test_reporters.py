@@ -164,9 +164,8 @@ def test_a_resumed_run_goes_on(reported, places, train):
     for step in (4, 6):  # as if killed before it was saved
         checkpoint = output_dir / f"checkpoint-{step}"
         checkpoint.rename(places[0] / checkpoint.name)
-    with contextlib.closing(
-        sqlite3.connect(places[0] / "trackio" / "tests.db")
-    ) as database:  # before the last row reached the disk, too
+    with contextlib.closing(sqlite3.connect(places[0] / "trackio" / "tests.db")) as database:
+        # before the last row reached the disk, too
         database.execute("delete from metrics where step = 6")
         database.commit()
     done = train(*flags, "--resume_from_checkpoint")
