@@ -338,6 +338,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with runs.Run(__file__, args, data, plan, model, tokenizer, uploads) as run:
         if training_args.do_train:
             state = run.start(sharding.create_train_state(params, optimizer, devices))
+            run.measure(estimates.Script(config, collator, MODELS, loss_fn, make_steps))
             host_batches = batches.train_batches(data.train, collator, plan, training_args.seed, run.step, run.position)
             dropout_rng = randomness.device_rng(training_args.seed, "dropout", impl="rbg")
             if training_args.do_eval:

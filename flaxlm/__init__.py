@@ -13,6 +13,8 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     arguments    the flags that all training scripts share
     mixtures     several corpora by weights, and whose row comes next
     processes    several processes that train together, and being told to stop
+    profiles     a trace of some steps
+    reporters    where points of a run go: TensorBoard, Weights & Biases, Trackio
     outputs      what lies in output_dir, and whose it is
     sharding     what lies where on the devices, compiled steps, the state they update
     flops        how much arithmetic a function is
@@ -39,7 +41,7 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     selection    which evaluation was the best, and is it time to stop
     command_line  the command line of a training script, read and checked
     estimates    what a run would take of a machine
-    logs         log lines, progress, TensorBoard
+    logs         log lines, progress
     evaluation   exact over all rows
     hub          uploads
     checkpoints  the training state on disk

@@ -80,6 +80,18 @@ class TrainingArguments:
     warmup_ratio: float = field(default=0.0, metadata={"help": "Warmup as a share of all steps, if warmup_steps is 0."})
     logging_steps: int = field(default=500, metadata={"help": "Steps between two lines of the training log."})
     logging_first_step: bool = field(default=False, metadata={"help": "Log the first step too."})
+    report_to: str = field(
+        default="tensorboard",
+        metadata={"nargs": "+", "help": "Where points go: any of tensorboard, wandb, trackio; or none."},
+    )
+    project: str | None = field(
+        default=None, metadata={"help": "wandb, trackio: the project. Unset: flaxlm; for wandb first WANDB_PROJECT."}
+    )
+    run_name: str | None = field(default=None, metadata={"help": "wandb, trackio: the run. Unset: the name of output_dir."})
+    profile_steps: str | None = field(
+        default=None,
+        metadata={"help": "first:last, as 10:13: a trace of these steps in output_dir, for TensorBoard's profiler."},
+    )
     save_steps: int = field(default=500, metadata={"help": "Steps between two saves; the end is always saved."})
     save_safetensors: bool = field(
         default=True, metadata={"help": "Write model.safetensors in PyTorch layout beside flax_model.msgpack."}

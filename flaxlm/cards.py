@@ -142,6 +142,8 @@ FIGURES = {
     "train_samples": ("rows of training data", "{:,.0f}"),
     "train_runtime": ("training time", "{}"),
     "train_tokens_per_second": ("tokens per second in training", "{:,.0f}"),
+    "train_mfu": ("model FLOP utilisation in training", "{:.1%}"),
+    "train_memory_gib": ("memory in use at most, GiB", "{:.2f}"),
 }
 
 

@@ -4,12 +4,13 @@
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from flaxlm import arguments, cli, formats, identity, inputs, mixtures, outputs, selection
+from flaxlm import arguments, cli, formats, identity, inputs, mixtures, outputs, profiles, reporters, selection
 
 # Headings of --help; an objective's own flags stand above them.
 GROUPS = {
@@ -24,9 +25,10 @@ GROUPS = {
         "compile_for", "json",
     ],
     "logging, saving, resuming": [
-        "output_dir", "overwrite_output_dir", "logging_steps", "logging_first_step", "eval_steps", "save_steps",
-        "save_total_limit", "save_safetensors", "resume_from_checkpoint", "resume_changes", "load_best_model_at_end",
-        "metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold",
+        "output_dir", "overwrite_output_dir", "logging_steps", "logging_first_step", "report_to", "project", "run_name",
+        "profile_steps", "eval_steps", "save_steps", "save_total_limit", "save_safetensors", "resume_from_checkpoint",
+        "resume_changes", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+        "early_stopping_patience", "early_stopping_threshold",
     ],
     "the Hub": ["push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy"],
     "several processes": ["multihost", "coordinator_address", "num_processes", "process_id"],
@@ -51,6 +53,8 @@ def parse(
     args = arguments.Arguments(*parser.parse(argv))
     if "logging_steps" not in parser.given:
         args.training.least_log_lines = 10
+    if isinstance(args.training.report_to, list):  # as argparse gives several words
+        args.training.report_to = " ".join(args.training.report_to)
     args.training.output_dir = os.path.expanduser(args.training.output_dir)
     if not (args.training.do_train or args.training.do_eval):
         args.training.do_train = args.training.do_eval = True
@@ -65,6 +69,8 @@ def parse(
     if not args.training.compile_for:
         check_data_arguments(args.data, args.training, args.model.token)
         check_mixture(args)
+        reporters.check(args.training)
+        profiles.check(args.training, args.training.max_steps if args.training.max_steps > 0 else sys.maxsize)
         check_output_dir(args.training)
     args.data.check(args.model)
     selection.check(args.training)

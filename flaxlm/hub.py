@@ -122,7 +122,7 @@ class Hub:
             raise NotUploadedError(f"the last upload failed; the files are all here, to upload them: {self.by_hand()}")
 
     def by_hand(self) -> str:
-        return f"hf upload {self.repo_id} {self.args.output_dir} . --exclude 'checkpoint-*' '.saving-*'"
+        return f"hf upload {self.repo_id} {self.args.output_dir} . --exclude 'checkpoint-*' '.saving-*' 'plugins/*' 'wandb/*'"
 
     @staticmethod
     def describe(error: BaseException) -> str:

@@ -14,7 +14,8 @@ from flaxlm import arguments, batches, cli, optimizers
 # Flags that a resumed run may change: they decide what is written, where and when, not what is computed.
 FREE_FLAGS = {
     "output_dir", "overwrite_output_dir", "do_train", "do_eval", "per_device_eval_batch_size", "logging_steps",
-    "logging_first_step", "save_steps", "save_total_limit", "save_safetensors", "eval_steps", "resume_from_checkpoint",
+    "logging_first_step", "report_to", "project", "run_name", "profile_steps", "save_steps", "save_total_limit",
+    "save_safetensors", "eval_steps", "resume_from_checkpoint",
     "resume_changes", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience",
     "early_stopping_threshold", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "multihost",
     "coordinator_address", "num_processes", "process_id", "fsdp", "compile_for", "json", "cache_dir", "overwrite_cache",

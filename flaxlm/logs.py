@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The log of training: lines, progress bar and TensorBoard points, without making the devices wait."""
+"""The log of training: lines, progress bar and points for reporters, without making the devices wait."""
 
 import logging
 import math
@@ -7,17 +7,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.summary import Writer
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from flaxlm import arguments, batches, cli, corpus, processes
+from flaxlm import arguments, batches, cli, corpus, machines, reporters
+from flaxlm.machines import GIB
 
 logger = logging.getLogger(__name__)
 
@@ -48,55 +45,34 @@ class NonFiniteError(cli.Accident):
         )
 
 
-class Points:
-    """TensorBoard points, from process 0. Where they cannot be written that is reported, once, and training goes on.
+class Speed(NamedTuple):
+    """What a step computes, and what the devices could.
 
-    Those from step `first` on that are there already are struck out.
+    Attributes:
+        flops_per_step: floating-point operations of the model and its gradients in one update, on all devices.
+        peak_flops: per second and device.
     """
 
-    def __init__(self, output_dir: str, first: int):
-        self.failed, self.writer = False, None
-        if processes.is_main():
-            self.attempt(self.open, output_dir, first)
+    flops_per_step: float
+    num_devices: int
+    peak_flops: float
 
-    def open(self, output_dir: str, first: int) -> None:
-        # TensorBoard drops points from this step on at every session start but the first, so a fresh run needs one too.
-        events = EventFileWriter(output_dir)
-        events.add_event(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
-        events.close()
-        self.writer = Writer(output_dir)
 
-    def attempt(self, write: Callable, *args) -> None:
-        """Do this, unless it has failed before. TensorBoard writes in a thread and raises what happened there later."""
-        if self.failed:
-            return
-        try:
-            write(*args)
-        except Exception as error:
-            self.failed = True
-            logger.error("TensorBoard's points can no longer be written: %s; training goes on", cli.first_line(error))
+def mfu(speed: Speed, num_steps: int, seconds: float) -> float:
+    """Model FLOP utilisation, 0 to 1: what of the devices' arithmetic went into the model (Chowdhery et al. 2022, PaLM, B).
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            if self.writer:
-                self.attempt(self.writer.add_scalar, name, value, step)
-
-    def flush(self) -> None:
-        if self.writer:
-            self.attempt(self.writer.flush)
-
-    def close(self) -> None:
-        if self.writer:
-            self.attempt(self.writer.close)
+    What --gradient_checkpointing and chunked attention compute again is no part of the model and does not count.
+    """
+    return speed.flops_per_step * num_steps / (max(seconds, 1e-9) * speed.num_devices * speed.peak_flops)
 
 
 class TrainingLog:
-    """Log line, progress bar and TensorBoard points of the training steps.
+    """Log line, progress bar and points of the training steps.
 
     The metrics of a step are fetched when the next one has been dispatched, so that the devices never wait for the log.
     """
 
-    def __init__(self, training_args: arguments.TrainingArguments, plan: batches.Plan, points: Points | None):
+    def __init__(self, training_args: arguments.TrainingArguments, plan: batches.Plan, points: reporters.Reports | None):
         self.args, self.plan, self.points, self.stopwatch = training_args, plan, points, Stopwatch()
         self.pending: tuple | None = None
         self.window: list[dict[str, float]] = []
@@ -104,6 +80,8 @@ class TrainingLog:
         self.window_started = self.loss_sum = self.weight_sum = self.num_tokens = 0.0
         self.rows_by_corpus: dict[str, int] = {}  # of a mixture, over the run
         self.stop_agreed = False
+        self.speed: Speed | None = None  # where the devices' is known
+        self.memory = 0  # bytes, the most that a log line has told
         self.interval = training_args.logging_steps
         if training_args.least_log_lines:  # a short run should not be silent to its end
             self.interval = max(1, min(self.interval, plan.num_steps // training_args.least_log_lines))
@@ -113,7 +91,9 @@ class TrainingLog:
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of the log, so that a resumed run writes what an uninterrupted one would."""
-        return {name: getattr(self, name) for name in self.CARRIED_ON} | {"train_time": self.stopwatch.seconds()}
+        progress = {name: getattr(self, name) for name in self.CARRIED_ON} | {"train_time": self.stopwatch.seconds()}
+        identities = self.points.identities if self.points else {}
+        return progress | ({"reports": identities} if identities else {})
 
     def resume(self, progress: Mapping[str, Any]) -> None:
         """Take up the log of a checkpoint."""
@@ -152,7 +132,7 @@ class TrainingLog:
             self.write(step)
 
     def write(self, step: int) -> None:
-        """Write the window since the last line: means weighted by labels on the log line, every step to TensorBoard."""
+        """Write the window since the last line: means weighted by labels on the log line, every step to the reporters."""
         seconds = self.stopwatch.seconds()
         last = self.window[-1]
         losses = [name for name in last if name == "loss" or name.endswith("_loss")]  # the whole, then parts if it has some
@@ -160,20 +140,29 @@ class TrainingLog:
         loss_sum, weight_sum = sums["loss"], sum(point["weight"] for point in self.window)
         num_tokens = sum(point["tokens"] for point in self.window)
         tokens_per_second = num_tokens / max(seconds - self.window_started, 1e-9)
+        measured = {"train_time": seconds, "train_tokens_per_second": tokens_per_second}
+        words = [f"{tokens_per_second:,.0f} tokens/s"]
+        if self.speed:
+            measured["train_mfu"] = mfu(self.speed, len(self.window), seconds - self.window_started)
+            words.append(f"MFU {measured['train_mfu']:.1%}")
+        if memory := machines.memory_in_use():
+            self.memory = max(self.memory, memory.used)
+            measured["train_memory_gib"] = memory.used / GIB
+            words.append(f"memory {memory.used / GIB:.1f} of {memory.limit / GIB:.1f} GiB")
         epoch = f" (epoch {self.plan.epoch(step):.2f})" if self.plan.steps_per_epoch else ""
         logger.info(
-            "step %d of %d%s: %s, learning rate %.3g, gradient norm %.3g, %s tokens/s",
+            "step %d of %d%s: %s, learning rate %.3g, gradient norm %.3g, %s",
             step, self.plan.num_steps, epoch,
             ", ".join(f"{name.replace('_', ' ')} {sums[name] / max(weight_sum, 1):.4f}" for name in losses),
-            last["learning_rate"], last["grad_norm"], f"{tokens_per_second:,.0f}",
+            last["learning_rate"], last["grad_norm"], ", ".join(words),
         )  # fmt: skip
         if self.points:
             for point in self.window:
                 values = {f"train_{name}": point[name] for name in (*losses, "learning_rate", "grad_norm")}
                 self.points.add(point["step"], values)
-            self.points.add(step, {"train_time": seconds, "train_tokens_per_second": tokens_per_second})
+            self.points.add(step, measured)
             self.points.add(step, {f"train_share/{name}": share for name, share in self.shares().items()})
-            self.points.flush()
+            self.points.flush(through=step)
         self.loss_sum, self.weight_sum = self.loss_sum + loss_sum, self.weight_sum + weight_sum
         self.num_tokens += num_tokens
         self.curve.append((step, loss_sum / max(weight_sum, 1)))
@@ -196,38 +185,22 @@ class TrainingLog:
 
     def results(self, num_steps: int, num_train_rows: int | None) -> dict[str, float]:
         """train_results.json: totals over the run."""
-        seconds = self.stopwatch.seconds()
+        seconds, measured = self.stopwatch.seconds(), {}
+        if self.speed:
+            measured["train_mfu"] = mfu(self.speed, num_steps, seconds)
+        if self.memory:
+            measured["train_memory_gib"] = self.memory / GIB
         for name, share in self.shares().items():
             logger.info("Corpus %s: %s rows were trained on, a share of %.4f", name, f"{self.rows_by_corpus[name]:,}", share)
-        return {
+            measured[f"share_of_{name}"] = share
+        return measured | {
             "epoch": self.plan.epoch(num_steps),
             "train_loss": self.loss_sum / max(self.weight_sum, 1),
             "train_runtime": seconds,
             "train_samples": num_train_rows or num_steps * self.plan.train_batch_size,
             "train_steps": num_steps,
             "train_tokens_per_second": self.num_tokens / max(seconds, 1e-9),
-            **{f"share_of_{name}": share for name, share in self.shares().items()},
         }
-
-
-def open_training_points(output_dir: str, progress: Mapping[str, Any] | None) -> Points:
-    """Where those of training go; what an interrupted run wrote after the checkpoint that is resumed from is struck out."""
-    first, evaluations = 0, {}
-    if progress:
-        window = progress["window"]
-        first = window[0]["step"] if window else progress["step"] + 1  # points before it are written, those from it on not yet
-        evaluations = {int(step): metrics for step, metrics in progress["evaluations"].items() if int(step) >= first}
-    points = Points(output_dir, first)
-    for step, metrics in evaluations.items():
-        points.add(step, metrics)
-    return points
-
-
-def has_point(output_dir: str, tag: str, step: int) -> bool:
-    """Do the event files in a directory hold a point of this name at this step?"""
-    events = EventAccumulator(output_dir, tensor_size_guidance={"scalars": 0})
-    events.Reload()
-    return tag in events.Tags()["tensors"] and any(event.step == step for event in events.Tensors(tag))
 
 
 def log_plan(plan: batches.Plan, data: corpus.Corpus, row_length: int, params: Any) -> None:

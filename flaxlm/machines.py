@@ -192,6 +192,26 @@ def this() -> Machine:
     return Machine("this", devices, stats.get("bytes_limit"), peak)
 
 
+class Memory(NamedTuple):
+    """Bytes."""
+
+    used: int
+    limit: int
+
+
+def memory_in_use() -> Memory | None:
+    """What the fullest device of this process had in use at most so far; on a CPU what the process holds now.
+
+    None where nobody tells. No device is waited for.
+    """
+    if jax.default_backend() == "cpu":
+        limit, used = memory_of_cpu()
+        return Memory(used, limit) if limit else None
+    told = [device.memory_stats() or {} for device in jax.local_devices()]
+    found = [Memory(s["peak_bytes_in_use"], s["bytes_limit"]) for s in told if {"peak_bytes_in_use", "bytes_limit"} <= s.keys()]
+    return max(found, default=None)
+
+
 def memory_of_cpu() -> tuple[int | None, int]:
     """Bytes that the machine has, and that this process holds of them; where the system does not tell, None and 0."""
     try:

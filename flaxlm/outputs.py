@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from flaxlm import arguments, cli, processes
+from flaxlm import arguments, cli, processes, profiles
 
 try:
     import fcntl
@@ -170,6 +170,7 @@ def stale_files(training_args: arguments.TrainingArguments) -> Iterator[Path]:
             yield path
     if holds_training_record(training_args.output_dir):
         yield from sorted(directory.glob("events.out.tfevents.*"))
+        yield from (path for path in [directory / profiles.DIRECTORY] if path.is_dir())
         yield from (path for name in RESULTS if (path := directory / name).exists())
 
 

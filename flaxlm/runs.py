@@ -17,12 +17,16 @@ from flaxlm import (
     checkpoints,
     cli,
     corpus,
+    estimates,
     files,
     hub,
     identity,
     logs,
+    machines,
     outputs,
     processes,
+    profiles,
+    reporters,
     selection,
     sharding,
 )
@@ -65,12 +69,13 @@ class Run:
         self.stop, self.exits = processes.StopSignal(how_to_go_on(args.training)), contextlib.ExitStack()
         self.saver: checkpoints.Saver | None = None
         self.log: logs.TrainingLog | None = None
-        self.points: logs.Points | None = None
+        self.points: reporters.Reports | None = None
         self.state: sharding.TrainState | None = None
         self.step, self.position = 0, None
         self.evaluations: dict[int, dict[str, float]] = {}
         self.changes: list[dict[str, Any]] = []  # of flags in resumed runs, each with the step at which it was made
         self.results: dict[str, float] = {}
+        self.profile = profiles.Profile(args.training, plan.num_steps)
         self.unwritten: list[str] = []  # files that could not be written
 
     def __enter__(self) -> "Run":
@@ -94,7 +99,9 @@ class Run:
             state, progress, path = checkpoints.restore(resume_from, output_dir, state, current)
             self.resume(progress, path)
         self.write("run_info.json", cards.run_info(self.script, self.args, self.changes))
-        self.points = logs.open_training_points(training_args.output_dir, progress)
+        self.points = reporters.open_reports(self.args, self.model.config, progress)
+        self.exits.callback(self.points.close)
+        self.exits.callback(self.profile.close)
         self.log = logs.TrainingLog(training_args, self.plan, self.points)
         if progress:
             self.log.resume(progress)
@@ -113,9 +120,22 @@ class Run:
                 cli.logger.warning("The stream of texts is another one: it is read from its beginning.")
                 self.position = None
         self.saver.resume(progress["step"])
+        self.profile.resume(progress["step"])
         if self.args.training.load_best_model_at_end:
             best_step = selection.best_step(self.args.training, self.evaluations)
             checkpoints.take_along(best_step, os.path.dirname(path), self.args.training.output_dir)
+
+    def measure(self, script: estimates.Script) -> None:
+        """Count the model's arithmetic, so that the log tells how much of the devices' speed it uses, if that is known.
+
+        It takes a second or more, and none where the speed is not known: on a CPU.
+        """
+        machine = machines.this()
+        peak_flops = machine.peak_flops.get(self.args.model.dtype)
+        if peak_flops:
+            flops_per_device, _ = estimates.count_flops(self.args, script)
+            num_devices = len(machine.devices)
+            self.log.speed = logs.Speed(flops_per_device * num_devices, num_devices, peak_flops)
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -150,10 +170,12 @@ class Run:
         if self.log.stopwatch.started is None:
             self.log.stopwatch.start()
         self.stop.check(self.log.stop_agreed)
+        self.profile.begin(self.step + 1, self.state, self.log.stopwatch)
 
     def end_step(self, state: sharding.TrainState, metrics: Mapping[str, jax.Array], batch: batches.DeviceBatch) -> None:
         """Take what a step gave. Its metrics are fetched at the next step, or now if something is due, which is not timed."""
         self.step, self.state, self.position = self.step + 1, state, batch.position
+        self.profile.end(self.step, state, self.log.stopwatch)
         self.log.add(self.step, metrics, batch.num_tokens, batch.rows_by_corpus)
         if self.is_due("eval") or self.is_due("save"):
             self.log.fetch()
@@ -183,13 +205,13 @@ class Run:
         return selection.best_step(self.args.training, self.evaluations)
 
     def report(self, metrics: dict[str, float]) -> None:
-        """Note the metrics of an evaluation, in the log and in TensorBoard."""
+        """Note the metrics of an evaluation, in the log and to the reporters."""
         self.evaluations[self.step] = metrics
         figures = ", ".join(f"{name[5:]} {value:.4f}" for name, value in metrics.items())
         cli.logger.info("evaluation at step %d: %s", self.step, figures)
         if self.points and not self.is_reported(next(iter(metrics))):
             self.points.add(self.step, metrics)
-            self.points.flush()
+            self.points.flush(through=None if self.log.window else self.step)  # a window is written at its log line
         if self.is_over() and self.saver:
             best = self.best_step()
             line = "Stopping early: %d evaluation(s) in a row not better; the best %s was %.4f, at step %s"
@@ -200,7 +222,7 @@ class Run:
     def is_reported(self, name: str) -> bool:
         """Has a run that was finished already, and is resumed, written this point of its last evaluation?"""
         is_resumed = self.saver is not None and self.saver.resumed_step == self.step == self.plan.num_steps
-        return is_resumed and processes.is_main() and logs.has_point(self.args.training.output_dir, name, self.step)
+        return is_resumed and processes.is_main() and reporters.has_point(self.args.training.output_dir, name, self.step)
 
     def save(self) -> None:
         """Save the state after this step and the model, in the background; an upload follows."""
@@ -253,8 +275,8 @@ class Run:
             self.saver.check()
         if self.hub:
             self.hub.check()
-        if self.unwritten or (self.points and self.points.failed):
-            missing = [*self.unwritten, *["TensorBoard's points"] * bool(self.points and self.points.failed)]
+        missing = [*self.unwritten, *["TensorBoard's points"] * bool(self.points and "tensorboard" in self.points.failed)]
+        if missing:  # a server that keeps points for others is no part of the results
             raise cli.Accident(f"not written in {self.args.training.output_dir}: {', '.join(missing)}; the log says why")
 
     def write(self, name: str, values: Mapping[str, Any]) -> None:

@@ -34,12 +34,15 @@ FLAGS = [
 ]  # fmt: skip
 
 
+MEASURED = ("train_runtime", "train_tokens_per_second", "train_memory_gib")
+
+
 def outcome(output_dir: Path) -> dict:
     """All that a finished run leaves, times excepted; arrays and files as digests."""
     _, checkpoint = outputs.find_checkpoints(output_dir)[0]
     leaves, _ = jax.tree_util.tree_flatten_with_path(read_state(checkpoint))
     points = read_events(output_dir)
-    for tag in ("train_time", "train_tokens_per_second"):
+    for tag in ("train_time", "train_tokens_per_second", "train_memory_gib"):
         points[tag] = [step for step, _ in points[tag]]
     train_results = json.loads((output_dir / "train_results.json").read_text())
     evaluation = output_dir / "eval_results.json"
@@ -52,7 +55,7 @@ def outcome(output_dir: Path) -> dict:
         "checkpoint": os.path.basename(checkpoint),
         "state": {jax.tree_util.keystr(path): digest(np.asarray(array).tobytes()) for path, array in leaves},
         "points": points,
-        "train_results": {k: v for k, v in train_results.items() if k not in ("train_runtime", "train_tokens_per_second")},
+        "train_results": {k: v for k, v in train_results.items() if k not in MEASURED},
         "eval_results": json.loads(evaluation.read_text()) if evaluation.exists() else None,
     }
 

@@ -9,7 +9,8 @@ import matplotlib.axes
 import numpy as np
 import pytest
 
-from flaxlm import arguments, batches, cards, cli, logs
+import run_clm_flax
+from flaxlm import arguments, batches, cards, cli, command_line, configurations, estimates, logs, machines, tokenization
 
 
 def test_stopwatch_leaves_out_the_stops():
@@ -63,28 +64,54 @@ def test_a_short_run_is_not_silent(messages_logged):
     assert lines_of(100, messages_logged, logging_steps=500) == [100]
 
 
-def test_points_that_cannot_be_written_are_reported_once(tmp_path, messages_logged, monkeypatch):
-    points = logs.Points(str(tmp_path), first=0)
+def test_utilisation():
+    """4 devices of 100 TFLOP/s, 10 steps of 20 TFLOP in 2 seconds."""
+    assert logs.mfu(logs.Speed(20e12, 4, 100e12), 10, 2.0) == pytest.approx(0.25)
 
-    def fail(*args):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(points.writer, "add_scalar", fail)
-    points.add(1, {"train_loss": 1.0, "eval_loss": 1.0})
-    points.flush()
-    points.close()
-    assert points.failed
-    assert messages_logged == [
-        "TensorBoard's points can no longer be written: [Errno 28] No space left on device; training goes on"
+@pytest.mark.parametrize("extra", [[], ["--gradient_checkpointing"]], ids=["plain", "checkpointing"])
+def test_a_line_tells_how_much_of_the_devices_is_used(extra, gpt2_dir, corpus, messages_logged):
+    """By the arithmetic of a script's step, as a formula has it; what is computed again to save memory does not count."""
+    flags = ["--config_name", gpt2_dir, "--tokenizer_name", gpt2_dir, "--output_dir", "x", "--train_file", corpus]
+    flags += [
+        "--logging_steps",
+        2,
+        "--block_size",
+        32,
+        "--per_device_train_batch_size",
+        4,
+        "--gradient_accumulation_steps",
+        2,
+        *extra,
     ]
+    args = command_line.parse([str(flag) for flag in flags], run_clm_flax.DataTrainingArguments, run_clm_flax.MODELS, None)
+    config = configurations.load_config(args.model, run_clm_flax.MODELS)
+    collator = run_clm_flax.Collator(tokenization.load_tokenizer(args.model), config, args.data, 32)
+    parts = run_clm_flax.MODELS, run_clm_flax.loss_fn, run_clm_flax.make_steps
+    found, _ = estimates.count_flops(args, estimates.Script(config, collator, *parts))
+    num_weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    assert found == 2 * 4 * 32 * (6 * num_weights + 12 * config.n_layer * config.n_embd * 32)
+
+    log = logs.TrainingLog(args.training, plan_of(2), None)
+    log.speed = logs.Speed(found, 1, found)  # a device that takes a second for a step if it does nothing else
+    log.window_started, log.stopwatch.total = 1.0, 5.0
+    metrics = {"loss": 1.0, "weight": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "stop": 0.0}
+    for step in (1, 2):
+        log.add(step, metrics, 100)
+    log.fetch()
+    memory, limit = machines.memory_in_use()
+    total = f"{limit / 2**30:.1f} GiB"
+    line = messages_logged[-1]
+    assert re.search(rf"gradient norm 1, 50 tokens/s, MFU 50.0%, memory \d\.\d of {total}$", line), line
+    results = log.results(None)
+    assert results["train_mfu"] == pytest.approx(2 / 5)
+    assert 0.1 * memory < results["train_memory_gib"] * 2**30 <= 2 * memory
 
 
-def test_a_directory_that_takes_no_points(tmp_path):
-    (tmp_path / "file").write_text("")
-    points = logs.Points(str(tmp_path / "file"), first=0)
-    assert points.failed
-    points.add(1, {"train_loss": 1.0})
-    points.close()
+def test_a_device_that_does_not_tell_its_speed(messages_logged):
+    lines_of(3, messages_logged)
+    assert "MFU" not in "".join(messages_logged)
+    assert machines.this().peak_flops == {}
 
 
 def test_the_code_in_a_card_runs(trained, byte_level_tokenizer, monkeypatch):

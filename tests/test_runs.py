@@ -50,7 +50,7 @@ def test_tensorboard_tags(trained):
     points = read_events(output_dir)
     assert set(points) == {
         "train_loss", "train_learning_rate", "train_grad_norm", "train_time", "train_tokens_per_second",
-        "eval_loss", "eval_accuracy", "eval_perplexity",
+        "train_memory_gib", "eval_loss", "eval_accuracy", "eval_perplexity",
     }  # fmt: skip
     for tag in ("train_loss", "train_learning_rate", "train_grad_norm"):
         assert [step for step, _ in points[tag]] == list(range(1, 121))
