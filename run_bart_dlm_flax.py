@@ -505,9 +505,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     optimizer = optimizers.make_optimizer(training_args, learning_rate_fn)
     model_loss_fn = functools.partial(loss_fn, model=model)
     p_train_step, p_eval_step = make_steps(model_loss_fn, optimizer, learning_rate_fn, devices)
-    evaluate = evaluation.Evaluator(
-        data.validation, collator, plan, training_args.seed, devices.mesh, p_eval_step, eval_metrics
-    )
+    evaluate = evaluation.Evaluator(data, collator, plan, training_args.seed, devices.mesh, p_eval_step, eval_metrics)
 
     with runs.Run(__file__, args, data, plan, model, tokenizer, uploads) as run:
         if training_args.do_train:

@@ -18,6 +18,7 @@ package flaxlm. To make an objective of your own, copy this file and change it.
 """
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -200,10 +201,17 @@ def loss_fn(
 
 
 def eval_metrics(totals: Mapping[str, float]) -> dict[str, float]:
-    """Evaluation results from the sums over all labels: loss (nats per label), accuracy, perplexity."""
+    """Evaluation results from the sums over all labels: loss (nats per label), accuracy, perplexity, bits per byte of text.
+
+    The last compares models whose tokenizers differ: bits per token, times the tokens in a byte of the evaluation text. It is
+    left out where there are tokens only and no text.
+    """
     loss = totals["loss"] / max(totals["weight"], 1)
     accuracy = totals["correct"] / max(totals["weight"], 1)
-    return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_perplexity": float(np.exp(loss))}
+    metrics = {"eval_loss": loss, "eval_accuracy": accuracy, "eval_perplexity": float(np.exp(loss))}
+    if totals.get("text_bytes"):
+        metrics["eval_bits_per_byte"] = loss / math.log(2) * totals["text_tokens"] / totals["text_bytes"]
+    return metrics
 
 
 # ---- Steps ---------------------------------------------------------------------------------------------------------------
@@ -313,9 +321,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     optimizer = optimizers.make_optimizer(training_args, learning_rate_fn)
     model_loss_fn = functools.partial(loss_fn, model=model)
     p_train_step, p_eval_step = make_steps(model_loss_fn, optimizer, learning_rate_fn, devices)
-    evaluate = evaluation.Evaluator(
-        data.validation, collator, plan, training_args.seed, devices.mesh, p_eval_step, eval_metrics
-    )
+    evaluate = evaluation.Evaluator(data, collator, plan, training_args.seed, devices.mesh, p_eval_step, eval_metrics)
 
     with runs.Run(__file__, args, data, plan, model, tokenizer, uploads) as run:
         if training_args.do_train:

@@ -114,6 +114,7 @@ FIGURES = {
     "eval_accuracy": ("evaluation accuracy", "{:.1%}"),
     "eval_next_sentence_accuracy": ("evaluation accuracy of next sentences", "{:.1%}"),
     "eval_perplexity": ("evaluation perplexity", "{:,.2f}"),
+    "eval_bits_per_byte": ("evaluation loss, bits per byte of text", "{:.3f}"),
     "train_loss": ("training loss, mean over the run, nats per label", "{:.3f}"),
     "train_steps": ("steps", "{:,.0f}"),
     "epoch": ("epochs", "{:.2f}"),
