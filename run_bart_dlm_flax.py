@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 try:
     import flaxlm
@@ -53,6 +53,7 @@ from flaxlm import (
     corpus,
     estimates,
     evaluation,
+    generation,
     hub,
     logs,
     losses,
@@ -81,6 +82,8 @@ from flaxlm import (
 @dataclass
 class DataTrainingArguments(arguments.DataArguments):
     """What to train on, and what noise to put into it."""
+
+    writes_text: ClassVar[bool] = True
 
     train_ref_file: str | None = field(default=None, metadata={"help": "Accepted for old commands; spans ignore words."})
     validation_ref_file: str | None = field(default=None, metadata={"help": "The same for validation_file."})
@@ -506,6 +509,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model_loss_fn = functools.partial(loss_fn, model=model)
     p_train_step, p_eval_step = make_steps(model_loss_fn, optimizer, learning_rate_fn, devices)
     evaluate = evaluation.Evaluator(data, collator, plan, training_args.seed, devices.mesh, p_eval_step, eval_metrics)
+    write_samples = generation.Writer(args, model, tokenizer, collator.row_length, devices)
 
     with runs.Run(__file__, args, data, plan, model, tokenizer, uploads) as run:
         if training_args.do_train:
@@ -514,21 +518,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             dropout_rng = randomness.device_rng(training_args.seed, "dropout", impl="rbg")
             if training_args.do_eval:
                 evaluate.try_out(state.params, run.stop)
+                write_samples.try_out(state.params)
             with run.training():
                 if run.is_due("eval"):  # a resumed run may have been stopped in an evaluation
-                    run.report(evaluate(state.params, run.stop))
+                    run.report(evaluate(state.params, run.stop), write_samples(state.params, run.step))
                 for batch in batches.put_on_devices(host_batches, devices.mesh, sharding.PER_MICRO_BATCH, run.stop):
                     p_train_step.compile(state, batch.arrays, dropout_rng)
                     run.begin_step()
                     state, metrics = p_train_step(state, batch.arrays, dropout_rng)
                     run.end_step(state, metrics, batch)
                     if run.is_due("eval"):
-                        run.report(evaluate(state.params, run.stop))
+                        run.report(evaluate(state.params, run.stop), write_samples(state.params, run.step))
                     if run.is_due("save"):
                         run.save()
             params = state.params
         if run.is_due("last eval"):
-            run.report(evaluate(params, run.stop))
+            run.report(evaluate(params, run.stop), write_samples(params, run.step))
         run.finish()
     return run.results
 

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import matplotlib.figure
 
-from flaxlm import arguments, files, models, outputs
+from flaxlm import arguments, files, generation, models, outputs
 
 
 def run_info(script: str, args: arguments.Arguments) -> dict[str, Any]:
@@ -43,6 +43,7 @@ def write_model_card(
     curve: Sequence[tuple[int, float]],
     results: Mapping[str, float],
     evaluations: Mapping[int, Mapping[str, float]],
+    samples: Sequence[generation.Sample],
     repo_id: str | None,
 ) -> None:
     """README.md for people who find the model: what it was trained on and how, results, curves, how to load it."""
@@ -58,6 +59,7 @@ def write_model_card(
     objective = next(name for name, value in vars(models).items() if name.isupper() and type(model) in value.values())
     inputs = "input_ids, attention_mask"
     inputs += ", decoder_input_ids, decoder_attention_mask" if models.has_decoder(model) else ""
+    written = f"## What it writes\n\n{generation.markdown(samples)}\n" if samples else ""
     where = "" if repo_id else "  # the directory of this file, or its path"
     card = f"""---
 library_name: transformers
@@ -74,7 +76,7 @@ tags: [{tags}]
 |---|---|
 {table}
 
-## How to load it
+{written}## How to load it
 
 ```python
 from transformers import {architecture}, AutoTokenizer

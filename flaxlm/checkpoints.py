@@ -275,7 +275,7 @@ FREE_FLAGS = {
     "logging_first_step", "save_steps", "save_total_limit", "save_safetensors", "eval_steps", "resume_from_checkpoint",
     "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "multihost", "coordinator_address", "num_processes",
     "process_id", "fsdp", "compile_for", "json", "cache_dir", "overwrite_cache", "preprocessing_num_workers",
-    "max_eval_samples", "trust_remote_code",
+    "max_eval_samples", "trust_remote_code", "generate_samples", "max_new_tokens", "temperature", "top_p",
     "validation_file", "validation_ref_file", "train_split_name", "eval_split_name",
     # Compared by what they yield: rows of tokens, a configuration, the size of a batch.
     "train_file", "train_ref_file", "dataset_name", "dataset_config_name", "config_name", "config_overrides",

@@ -23,8 +23,9 @@ GROUPS = {
         "compile_for", "json",
     ],
     "logging, saving, resuming": [
-        "output_dir", "overwrite_output_dir", "logging_steps", "logging_first_step", "eval_steps", "save_steps",
-        "save_total_limit", "save_safetensors", "resume_from_checkpoint",
+        "output_dir", "overwrite_output_dir", "logging_steps", "logging_first_step", "eval_steps", "generate_samples",
+        "max_new_tokens", "temperature", "top_p", "save_steps", "save_total_limit", "save_safetensors",
+        "resume_from_checkpoint",
     ],
     "the Hub": ["push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy"],
     "several processes": ["multihost", "coordinator_address", "num_processes", "process_id"],
@@ -62,6 +63,7 @@ def parse(
     if not args.training.compile_for:
         check_data_arguments(args.data, args.training)
         check_output_dir(args.training)
+    check_samples(args.training, args.data)
     args.data.check(args.model)
     return args
 
@@ -80,6 +82,9 @@ LIMITS = {
     "shuffle_buffer_size": (1, math.inf),
     "num_eval_samples": (1, math.inf),
     "eval_steps": (1, math.inf),
+    "max_new_tokens": (1, 2**16),
+    "temperature": (0, math.inf),
+    "top_p": (math.nextafter(0, 1), 1),
     "learning_rate": (0, math.inf),
     "weight_decay": (0, math.inf),
     "adam_beta1": (0, math.nextafter(1, 0)),
@@ -151,6 +156,24 @@ def check_training_arguments(training_args: arguments.TrainingArguments) -> None
         cli.fail("--lamb_no_bias_correction: changes LAMB; add --lamb or drop the flag")
     if training_args.groupbert_schedule and training_args.lr_scheduler_type != "linear":
         cli.fail(f"--lr_scheduler_type {training_args.lr_scheduler_type}: not with --groupbert_schedule, which is linear")
+
+
+def check_samples(training_args: arguments.TrainingArguments, data_args: arguments.DataArguments) -> None:
+    """Are there prompts, a model that can continue them, and a time to do so?"""
+    changes = arguments.changed_values(training_args)
+    if not training_args.generate_samples:
+        for name in ("max_new_tokens", "temperature", "top_p"):
+            if name in changes:
+                cli.fail(f"--{name}: says how --generate_samples writes; add that or drop the flag")
+        return
+    flag = f"--generate_samples {training_args.generate_samples}"
+    if not data_args.writes_text:
+        cli.fail(f"{flag}: a model of this script fills gaps and continues no text; drop the flag")
+    if not training_args.do_eval:
+        cli.fail(f"{flag}: samples are written when the model is evaluated; add --do_eval or drop the flag")
+    if training_args.temperature == 0 and training_args.top_p < 1:
+        cli.fail("--top_p: chooses among which tokens one is drawn, and --temperature 0 draws none; drop one of them")
+    files.read_prompts(training_args.generate_samples, "--generate_samples")
 
 
 def check_data_arguments(data_args: arguments.DataArguments, training_args: arguments.TrainingArguments) -> None:

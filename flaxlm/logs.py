@@ -14,8 +14,11 @@ from typing import Any
 import jax
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary import Writer
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.util.tensor_util import make_tensor_proto
 
 from flaxlm import arguments, batches, cli, corpus, processes
 
@@ -80,6 +83,14 @@ class Points:
         for name, value in values.items():
             if self.writer:
                 self.attempt(self.writer.add_scalar, name, value, step)
+
+    def add_text(self, step: int, tag: str, text: str) -> None:
+        """A text in Markdown."""
+        if self.writer:
+            metadata = text_metadata.create_summary_metadata(display_name=tag, description="")
+            value = Summary.Value(tag=tag, metadata=metadata, tensor=make_tensor_proto([text.encode()]))
+            event = Event(wall_time=time.time(), step=step, summary=Summary(value=[value]))
+            self.attempt(self.writer._output._ev_writer.add_event, event)
 
     def flush(self) -> None:
         if self.writer:

@@ -3,14 +3,28 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from flaxlm import arguments, batches, cards, checkpoints, cli, corpus, files, hub, logs, outputs, processes, sharding
+from flaxlm import (
+    arguments,
+    batches,
+    cards,
+    checkpoints,
+    cli,
+    corpus,
+    files,
+    generation,
+    hub,
+    logs,
+    outputs,
+    processes,
+    sharding,
+)
 
 
 class Run:
@@ -27,7 +41,8 @@ class Run:
                         run.save()
             run.finish()                           # results, model card, the last upload
 
-    `step` counts completed updates; `position` is where a stream has been read to; `evaluations` are metrics by step;
+    `step` counts completed updates; `position` is where a stream has been read to; `evaluations` are metrics by step, and
+    `samples` what the model wrote then, of the last evaluation and of those since the last line of the log;
     `results` is what train_results.json and eval_results.json say. `script` is the path of the script, for its record.
     """
 
@@ -50,6 +65,7 @@ class Run:
         self.state: sharding.TrainState | None = None
         self.step, self.position = 0, None
         self.evaluations: dict[int, dict[str, float]] = {}
+        self.samples: dict[int, list[generation.Sample]] = {}
         self.results: dict[str, float] = {}
         self.unwritten: list[str] = []  # files that could not be written
 
@@ -80,6 +96,7 @@ class Run:
             self.log.resume(progress)
             self.saver.resume(progress["step"])
             self.evaluations = {int(step): metrics for step, metrics in progress["evaluations"].items()}
+            self.take_up_samples(progress)
             self.position = progress["positions"][self.plan.process_index]
         self.state, self.step = state, int(state.step)
         return state
@@ -136,14 +153,40 @@ class Run:
         at_intervals = training_args.eval_steps and self.step > 0 and self.step % training_args.eval_steps == 0
         return what == "last eval" or bool(at_intervals)
 
-    def report(self, metrics: dict[str, float]) -> None:
-        """Note the metrics of an evaluation, in the log and in TensorBoard."""
+    def report(self, metrics: dict[str, float], samples: Sequence[generation.Sample] = ()) -> None:
+        """Note the metrics of an evaluation, and what the model wrote, in the log and in TensorBoard."""
         self.evaluations[self.step] = metrics
         figures = ", ".join(f"{name[5:]} {value:.4f}" for name, value in metrics.items())
         cli.logger.info("evaluation at step %d: %s", self.step, figures)
-        if self.points and not self.is_reported(next(iter(metrics))):
-            self.points.add(self.step, metrics)
-            self.points.flush()
+        points = None if self.is_reported(next(iter(metrics))) else self.points
+        if samples:
+            self.report_samples(list(samples), points)
+        if points:
+            points.add(self.step, metrics)
+            points.flush()
+
+    def report_samples(self, samples: list[generation.Sample], points: logs.Points | None) -> None:
+        """Note what the model wrote: its beginning in the log, all of it in samples.json and in TensorBoard."""
+        first = self.first_unwritten(self.log.progress()) if self.log else self.step
+        self.samples = {step: found for step, found in self.samples.items() if step >= first} | {self.step: samples}
+        for sample in samples:
+            cli.logger.info("  %s | %s", *map(generation.in_a_line, sample))
+        self.write("samples.json", {"step": self.step, "samples": [sample._asdict() for sample in samples]})
+        if points:
+            points.add_text(self.step, "samples", generation.markdown(samples))
+
+    def first_unwritten(self, progress: Mapping[str, Any]) -> int:
+        """The first step whose points are struck out if a run goes on from here: those before the last log line stay."""
+        window = progress["window"]
+        return window[0]["step"] if window else progress.get("step", self.step) + 1
+
+    def take_up_samples(self, progress: Mapping[str, Any]) -> None:
+        """What was written before the checkpoint; into TensorBoard what was struck out there."""
+        found = progress.get("samples", {})  # older checkpoints have none
+        self.samples = {int(step): [generation.Sample(*sample) for sample in samples] for step, samples in found.items()}
+        for step, samples in self.samples.items():
+            if step >= self.first_unwritten(progress):
+                self.points.add_text(step, "samples", generation.markdown(samples))
 
     def is_reported(self, name: str) -> bool:
         """Has a run that was finished already, and is resumed, written this point of its last evaluation?"""
@@ -153,6 +196,7 @@ class Run:
     def save(self) -> None:
         """Save the state after this step and the model, in the background; an upload follows."""
         progress = {"positions": processes.gather_json(self.position), "evaluations": self.evaluations}
+        progress["samples"] = {step: [list(sample) for sample in samples] for step, samples in self.samples.items()}
         self.saver.save(self.step, self.state, self.log.progress() | progress)
 
     def finish(self) -> None:
@@ -165,7 +209,8 @@ class Run:
         if self.log and processes.is_main():
             repo_id, curve = self.hub and self.hub.repo_id, self.log.curve
             with self.noting("README.md"):
-                cards.write_model_card(self.script, self.args, self.model, curve, self.results, self.evaluations, repo_id)
+                evaluations, samples = self.evaluations, self.samples.get(max(self.samples, default=0), [])
+                cards.write_model_card(self.script, self.args, self.model, curve, self.results, evaluations, samples, repo_id)
         if self.hub:
             self.stop.promise = "leaving the upload unfinished"
             self.hub.push(self.step, final=True, stop=self.stop)
