@@ -295,7 +295,7 @@ def markdown(samples: Sequence[Sample]) -> str:
     """Samples as blocks of code, in which nothing is markup."""
     blocks = []
     for sample in samples:
-        text = f"reads:  {printable(sample.reads)}\nwrites: {printable(sample.writes)}"
+        text = f"reads:  {printable(sample.reads)}\nwrites: {printable(sample.writes.strip())}"
         fence = "```"
         while fence in text:
             fence += "`"
