@@ -197,9 +197,11 @@ class Writer:
         if temperature is None:
             temperature = 0.0 if has_decoder else 0.7
         sampling = Sampling(temperature, training_args.top_p, training_args.seed, len(tokenizer), end_of_text(tokenizer))
-        encode = encode_for_encoder if has_decoder else encode_to_continue
         max_new_tokens = training_args.max_new_tokens
-        prompts = encode(self.texts, tokenizer, model, row_length, max_new_tokens)
+        if has_decoder:
+            prompts = encode_for_encoder(self.texts, tokenizer, model.config.decoder_start_token_id, row_length)
+        else:
+            prompts = encode_to_continue(self.texts, tokenizer, row_length, max_new_tokens)
         self.generate = Generator(model, prompts, max_new_tokens, row_length, sampling, devices)
 
     def try_out(self, params: Any) -> None:
@@ -226,7 +228,7 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def encode_to_continue(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, model: nn.Module, row_length: int, max_new_tokens: int
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, row_length: int, max_new_tokens: int
 ) -> Prompts:
     """Ids of texts as in training, without a mark of their end.
 
@@ -245,19 +247,20 @@ def encode_to_continue(
     longest = max(map(len, begun))
     if longest + max_new_tokens > row_length:
         room = f"{row_length - longest} to {row_length - min(map(len, begun))}"
-        logger.warning("--max_new_tokens %d: a row has %d tokens, room for %s of them", max_new_tokens, row_length, room)
+        line = "--max_new_tokens %d: a row has %d tokens, room for %s behind a prompt"
+        logger.warning(line, max_new_tokens, row_length, room)
     return Prompts(begun)
 
 
 def encode_for_encoder(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, model: nn.Module, row_length: int, max_new_tokens: int
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, decoder_start_token_id: int, row_length: int
 ) -> Prompts:
     """Ids of texts for an encoder, with the special tokens of the tokenizer, cut at the end if they are longer than a row."""
     options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     with tokenization.tokenizer_as_loaded(tokenizer):
         source = tokenizer(list(texts), truncation=True, max_length=row_length, **options)["input_ids"]
         tell_of_cuts([len(tokenizer(text, **options)["input_ids"]) > row_length for text in texts], "the beginning", row_length)
-    return Prompts([[model.config.decoder_start_token_id]] * len(texts), source)
+    return Prompts([[decoder_start_token_id]] * len(texts), source)
 
 
 def tell_of_cuts(is_cut: Sequence[bool], what_stays: str, row_length: int) -> None:
