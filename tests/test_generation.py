@@ -193,7 +193,7 @@ def line(request, corpus, prompts):
         _, directory, length = RUNS[objective]
         directory = request.getfixturevalue(directory)
         given = ["--config_name", directory, "--tokenizer_name", directory, "--train_file", corpus, length, 32]
-        given += ["--max_steps", 8, "--eval_steps", 4, "--save_steps", 6, "--logging_steps", 5, "--max_eval_samples", 16]
+        given += ["--max_steps", 8, "--eval_steps", 4, "--save_steps", 6, "--logging_steps", 7, "--max_eval_samples", 16]
         given += ["--learning_rate", 1e-2, "--generate_samples", prompts, "--max_new_tokens", 10, "--output_dir", output_dir]
         return [str(flag) for flag in [*given, *flags]]
 
