@@ -18,6 +18,7 @@ package flaxlm. To make an objective of your own, copy this file and change it.
 """
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ from flaxlm import (
     corpus,
     estimates,
     evaluation,
+    generation,
     hub,
     logs,
     losses,
@@ -81,6 +83,7 @@ class DataTrainingArguments(arguments.DataArguments):
 
     row_length_flag: ClassVar[str] = "block_size"
     cuts_row_length: ClassVar[bool] = True
+    writes_text: ClassVar[bool] = True
 
     block_size: int | None = field(
         default=None, metadata={"help": "Tokens per row. Unset: what tokenizer and model can take, at most 1024."}
@@ -213,10 +216,17 @@ def loss_fn(
 
 
 def eval_metrics(totals: Mapping[str, float]) -> dict[str, float]:
-    """Evaluation results from the sums over all labels: loss (nats per label), accuracy, perplexity."""
+    """Evaluation results from the sums over all labels: loss (nats per label), accuracy, perplexity, bits per byte of text.
+
+    The last compares models whose tokenizers differ: bits per token, times the tokens in a byte of the evaluation text. It is
+    left out where there are tokens only and no text.
+    """
     loss = totals["loss"] / max(totals["weight"], 1)
     accuracy = totals["correct"] / max(totals["weight"], 1)
-    return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_perplexity": float(np.exp(loss))}
+    metrics = {"eval_loss": loss, "eval_accuracy": accuracy, "eval_perplexity": float(np.exp(loss))}
+    if totals.get("text_bytes"):
+        metrics["eval_bits_per_byte"] = loss / math.log(2) * totals["text_tokens"] / totals["text_bytes"]
+    return metrics
 
 
 # ---- Steps ---------------------------------------------------------------------------------------------------------------
@@ -331,9 +341,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     optimizer = optimizers.make_optimizer(training_args, learning_rate_fn)
     model_loss_fn = functools.partial(loss_fn, model=model)
     p_train_step, p_eval_step = make_steps(model_loss_fn, optimizer, learning_rate_fn, devices, training_args.z_loss)
-    evaluate = evaluation.Evaluator(
-        data.validation, collator, plan, training_args.seed, devices.mesh, p_eval_step, eval_metrics
-    )
+    evaluate = evaluation.Evaluator(data, collator, plan, training_args.seed, devices.mesh, p_eval_step, eval_metrics)
+    write_samples = generation.Writer(args, model, tokenizer, collator.row_length, devices)
 
     with runs.Run(__file__, args, data, plan, model, tokenizer, uploads) as run:
         if training_args.do_train:
@@ -343,9 +352,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             dropout_rng = randomness.device_rng(training_args.seed, "dropout", impl="rbg")
             if training_args.do_eval:
                 run.check_metrics(evaluate.try_out(state.params, run.stop))
+                write_samples.try_out(state.params)
             with run.training():
                 if run.is_due("eval"):  # a resumed run may have been stopped in an evaluation
-                    run.report(evaluate(state.params, run.stop))
+                    run.report(evaluate(state.params, run.stop), write_samples(state.params, run.step))
                 for batch in batches.put_on_devices(host_batches, devices.mesh, sharding.PER_MICRO_BATCH, run.stop):
                     if run.is_over():  # by early stopping
                         break
@@ -354,12 +364,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
                     state, metrics = p_train_step(state, batch.arrays, dropout_rng)
                     run.end_step(state, metrics, batch)
                     if run.is_due("eval"):
-                        run.report(evaluate(state.params, run.stop))
+                        run.report(evaluate(state.params, run.stop), write_samples(state.params, run.step))
                     if run.is_due("save"):
                         run.save()
             params = state.params
         if run.is_due("last eval"):
-            run.report(evaluate(params, run.stop))
+            run.report(evaluate(params, run.stop), write_samples(params, run.step))
         run.finish()
     return run.results
 

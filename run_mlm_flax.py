@@ -57,6 +57,7 @@ from flaxlm import (
     estimates,
     evaluation,
     files,
+    generation,
     hub,
     inputs,
     logs,
@@ -529,9 +530,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     optimizer = optimizers.make_optimizer(training_args, learning_rate_fn)
     model_loss_fn = functools.partial(loss_fn, model=model)
     p_train_step, p_eval_step = make_steps(model_loss_fn, optimizer, learning_rate_fn, devices, training_args.z_loss)
-    evaluate = evaluation.Evaluator(
-        data.validation, collator, plan, training_args.seed, devices.mesh, p_eval_step, eval_metrics
-    )
+    evaluate = evaluation.Evaluator(data, collator, plan, training_args.seed, devices.mesh, p_eval_step, eval_metrics)
+    write_samples = generation.Writer(args, model, tokenizer, collator.row_length, devices)
 
     with runs.Run(__file__, args, data, plan, model, tokenizer, uploads) as run:
         if training_args.do_train:
@@ -541,9 +541,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             dropout_rng = randomness.device_rng(training_args.seed, "dropout", impl="rbg")
             if training_args.do_eval:
                 run.check_metrics(evaluate.try_out(state.params, run.stop))
+                write_samples.try_out(state.params)
             with run.training():
                 if run.is_due("eval"):  # a resumed run may have been stopped in an evaluation
-                    run.report(evaluate(state.params, run.stop))
+                    run.report(evaluate(state.params, run.stop), write_samples(state.params, run.step))
                 for batch in batches.put_on_devices(host_batches, devices.mesh, sharding.PER_MICRO_BATCH, run.stop):
                     if run.is_over():  # by early stopping
                         break
@@ -552,12 +553,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
                     state, metrics = p_train_step(state, batch.arrays, dropout_rng)
                     run.end_step(state, metrics, batch)
                     if run.is_due("eval"):
-                        run.report(evaluate(state.params, run.stop))
+                        run.report(evaluate(state.params, run.stop), write_samples(state.params, run.step))
                     if run.is_due("save"):
                         run.save()
             params = state.params
         if run.is_due("last eval"):
-            run.report(evaluate(params, run.stop))
+            run.report(evaluate(params, run.stop), write_samples(params, run.step))
         run.finish()
     return run.results
 

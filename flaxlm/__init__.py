@@ -43,6 +43,7 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     estimates    what a run would take of a machine
     logs         log lines, progress
     evaluation   exact over all rows
+    generation   text that a model writes
     hub          uploads
     checkpoints  the training state on disk
     cards        run record, model card, curves

@@ -97,6 +97,22 @@ class TrainingArguments:
         default=True, metadata={"help": "Write model.safetensors in PyTorch layout beside flax_model.msgpack."}
     )
     eval_steps: int | None = field(default=None, metadata={"help": "Steps between two evaluations; unset: only at the end."})
+    generate_samples: str | None = field(
+        default=None,
+        metadata={"help": "txt file of prompts, one per line, which the model continues at each evaluation."},
+    )
+    max_new_tokens: int = field(default=64, metadata={"help": "generate_samples: tokens behind a prompt, at most."})
+    temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "generate_samples: below 1 likely tokens are drawn more often; 0: always the likeliest. Unset: 0.7, and 0 "
+            "for a model with an encoder."
+        },
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={"help": "generate_samples: draw only among the likeliest tokens that together have this probability."},
+    )
     seed: int = field(default=42, metadata={"help": "Everything random follows from it."})
     attention_implementation: Literal["auto", "eager", "chunked", "xla", "cudnn"] = field(
         default="auto",
@@ -225,6 +241,7 @@ class DataArguments:
     row_length_flag: ClassVar[str] = "max_seq_length"  # the flag that sets the tokens per row
     token_depths: ClassVar[tuple[int, ...]] = (1,)  # how data may be tokenised already, as in files.DEPTHS
     cuts_row_length: ClassVar[bool] = False  # what happens if it is more than the model can take: cut or refused
+    writes_text: ClassVar[bool] = False  # can its models continue a text, for generate_samples?
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # of the objective's own flags, as in LIMITS
 
     dataset_name: str | None = field(

@@ -247,7 +247,7 @@ def put_on_devices(
     def put(batch):
         batch = dict(batch)
         position, rows_by_corpus = batch.pop("position", None), batch.pop("rows_by_corpus", None)
-        num_tokens = int(batch["attention_mask"].sum())  # padding is left out of "tokens per second"
+        num_tokens = int((batch["attention_mask"] > 0).sum())  # padding is left out of "tokens per second"
         num_micro_batches = batch["input_ids"].shape[: len(spec) - 1]
         batch["stop"] = np.full((*num_micro_batches, jax.local_device_count()), stop.requested, np.int32)
         arrays = {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import matplotlib.figure
 
-from flaxlm import arguments, files, models, outputs
+from flaxlm import arguments, files, generation, models, outputs
 
 
 def run_info(script: str, args: arguments.Arguments, changes: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def write_model_card(
     results: Mapping[str, float],
     evaluations: Mapping[int, Mapping[str, float]],
     changes: Sequence[Mapping[str, Any]],
+    samples: Sequence[generation.Sample],
     repo_id: str | None,
 ) -> None:
     """README.md for people who find the model: what it was trained on and how, results, curves, how to load it."""
@@ -67,6 +68,7 @@ def write_model_card(
     objective = next(name for name, value in vars(models).items() if name.isupper() and type(model) in value.values())
     inputs = "input_ids, attention_mask"
     inputs += ", decoder_input_ids, decoder_attention_mask" if models.has_decoder(model) else ""
+    written = f"## What it writes\n\n{generation.markdown(samples)}\n" if samples else ""
     where = "" if repo_id else "  # the directory of this file, or its path"
     card = f"""---
 library_name: transformers
@@ -83,7 +85,7 @@ tags: [{tags}]
 |---|---|
 {table}
 
-## How to load it
+{written}## How to load it
 
 ```python
 from transformers import {architecture}, AutoTokenizer
@@ -135,6 +137,7 @@ FIGURES = {
     "eval_accuracy": ("evaluation accuracy", "{:.1%}"),
     "eval_next_sentence_accuracy": ("evaluation accuracy of next sentences", "{:.1%}"),
     "eval_perplexity": ("evaluation perplexity", "{:,.2f}"),
+    "eval_bits_per_byte": ("evaluation loss, bits per byte of text", "{:.3f}"),
     "train_loss": ("training loss, mean over the run, nats per label", "{:.3f}"),
     "train_steps": ("steps", "{:,.0f}"),
     "best_step": ("step that the weights are of, the best by evaluation", "{:,.0f}"),

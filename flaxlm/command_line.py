@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from flaxlm import arguments, cli, formats, identity, inputs, mixtures, outputs, profiles, reporters, selection
+from flaxlm import arguments, cli, files, formats, identity, inputs, mixtures, outputs, profiles, reporters, selection
 
 # Headings of --help; an objective's own flags stand above them.
 GROUPS = {
@@ -26,9 +26,9 @@ GROUPS = {
     ],
     "logging, saving, resuming": [
         "output_dir", "overwrite_output_dir", "logging_steps", "logging_first_step", "report_to", "project", "run_name",
-        "profile_steps", "eval_steps", "save_steps", "save_total_limit", "save_safetensors", "resume_from_checkpoint",
-        "resume_changes", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-        "early_stopping_patience", "early_stopping_threshold",
+        "profile_steps", "eval_steps", "generate_samples", "max_new_tokens", "temperature", "top_p", "save_steps",
+        "save_total_limit", "save_safetensors", "resume_from_checkpoint", "resume_changes", "load_best_model_at_end",
+        "metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold",
     ],
     "the Hub": ["push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy"],
     "several processes": ["multihost", "coordinator_address", "num_processes", "process_id"],
@@ -72,6 +72,7 @@ def parse(
         reporters.check(args.training)
         profiles.check(args.training, args.training.max_steps if args.training.max_steps > 0 else sys.maxsize)
         check_output_dir(args.training)
+    check_samples(args.training, args.data)
     args.data.check(args.model)
     selection.check(args.training)
     identity.check_changes(args)
@@ -94,6 +95,9 @@ LIMITS = {
     "eval_steps": (1, math.inf),
     "early_stopping_patience": (1, math.inf),
     "early_stopping_threshold": (0, math.inf),
+    "max_new_tokens": (1, 2**16),
+    "temperature": (0, math.inf),
+    "top_p": (math.nextafter(0, 1), 1),
     "learning_rate": (0, math.inf),
     "weight_decay": (0, math.inf),
     "adam_beta1": (0, math.nextafter(1, 0)),
@@ -203,6 +207,24 @@ def settle_optimizer(training_args: arguments.TrainingArguments, given: set[str]
     training_args.adafactor = training_args.lamb = False
     if training_args.optim == "lion" and "adam_beta2" not in given:
         training_args.adam_beta2 = 0.99
+
+
+def check_samples(training_args: arguments.TrainingArguments, data_args: arguments.DataArguments) -> None:
+    """Are there prompts, a model that can continue them, and a time to do so?"""
+    changes = arguments.changed_values(training_args)
+    if not training_args.generate_samples:
+        for name in ("max_new_tokens", "temperature", "top_p"):
+            if name in changes:
+                cli.fail(f"--{name}: says how --generate_samples writes; add that or drop the flag")
+        return
+    flag = f"--generate_samples {training_args.generate_samples}"
+    if not data_args.writes_text:
+        cli.fail(f"{flag}: a model of this script fills gaps and continues no text; drop the flag")
+    if not training_args.do_eval:
+        cli.fail(f"{flag}: samples are written when the model is evaluated; add --do_eval or drop the flag")
+    if training_args.temperature == 0 and training_args.top_p < 1:
+        cli.fail("--top_p: chooses among which tokens one is drawn, and --temperature 0 draws none; drop one of them")
+    files.read_prompts(training_args.generate_samples, "--generate_samples")
 
 
 def check_data_arguments(

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+import datasets
 import numpy as np
 
 from flaxlm import arguments, mixtures, processes, streams, text, token_rows
 from flaxlm.streams import TextStream
-from flaxlm.token_rows import Collator, TokenizeFn, TokenRows
+from flaxlm.token_rows import Collator, TextSize, TokenizeFn, TokenRows
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Corpus(NamedTuple):
     train: TokenRows | TextStream | Mixture | None
     validation: TokenRows | None
     identity: str | int | None  # of what is trained on: a resumed run must have the same
+    validation_text: TextSize | None = None  # what all the evaluation rows were made of; None where that is not known
 
     @property
     def num_train_rows(self) -> int | None:
@@ -73,18 +75,28 @@ def prepare(args: arguments.Arguments, tokenize_fn: TokenizeFn, collator: Collat
     if args.data.mixture_file:
         return prepare_mixture(args, tokenize_fn, collator)
     if args.data.streaming:
-        train, validation = streams.open_streams(args, tokenize_fn, collator)
+        train, validation, size = streams.open_streams(args, tokenize_fn, collator)
         identity = train and train.identity
     else:
         with processes.main_first():
             splits = text.load_splits(args, collator)
             rows = token_rows.tokenize_and_group(splits, tokenize_fn, collator, args.data, args.model.cache_dir)
         train, validation = rows.get("train"), rows.get("validation")
+        size = validation and measure(splits["validation"], validation, args.data, collator)
         train = train and first_rows(train, args.data.max_train_samples)
         identity = train and token_rows.checksum(train)
         if train and not token_rows.gives_labels(train, collator):
             token_rows.refuse_without_labels("train")
-    return Corpus(train, validation and first_rows(validation, args.data.max_eval_samples), identity)
+    return Corpus(train, validation and first_rows(validation, args.data.max_eval_samples), identity, size)
+
+
+def measure(
+    split: datasets.Dataset, rows: TokenRows, data_args: arguments.DataArguments, collator: Collator
+) -> TextSize | None:
+    """How large the text of a split is, of which these are all the rows; None where rows need not hold all of a text."""
+    if collator.line_by_line:
+        return None
+    return token_rows.size_of(split, data_args.source_column(split, collator), rows, collator)
 
 
 def first_rows(rows: TokenRows, limit: int | None) -> TokenRows:
@@ -101,14 +113,25 @@ def prepare_mixture(args: arguments.Arguments, tokenize_fn: TokenizeFn, collator
             found.append(prepare(own, tokenize_fn, collator))
     if args.data.validation_file and args.training.do_eval:
         found.append(prepare(of_validation_file(args), tokenize_fn, collator))
-    validation = [corpus.validation for corpus in found if corpus.validation]
-    joined = join_rows(validation, collator, args) if validation else None
+    evaluated = [corpus for corpus in found if corpus.validation]
+    joined = join_rows([corpus.validation for corpus in evaluated], collator, args) if evaluated else None
+    size = size_of_rows(evaluated)
     if not args.training.do_train:
-        return Corpus(None, joined, None)
+        return Corpus(None, joined, None, size)
     corpora = found[: len(parts)]
     identity = " + ".join(f"{part.share} {part.name} ({corpus.identity})" for part, corpus in zip(parts, corpora, strict=True))
     mixture = Mixture(path, parts, [corpus.train for corpus in corpora])
-    return Corpus(mixture, joined, f"{identity} of --mixture_file")
+    return Corpus(mixture, joined, f"{identity} of --mixture_file", size)
+
+
+def size_of_rows(corpora: Sequence[Corpus]) -> TextSize | None:
+    """How large the text is that the evaluation rows of several corpora were made of; None if that of one is not known."""
+    if not corpora or any(corpus.validation_text is None for corpus in corpora):
+        return None
+    tokens = [corpus.validation["input_ids"].size for corpus in corpora]
+    sizes = [corpus.validation_text for corpus in corpora]
+    num_bytes = sum(n * size.num_bytes / size.num_tokens for n, size in zip(tokens, sizes, strict=True))
+    return TextSize(sum(tokens), round(num_bytes))
 
 
 def of_validation_file(args: arguments.Arguments) -> arguments.Arguments:

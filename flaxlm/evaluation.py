@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm import batches, cli, processes, randomness, sharding, token_rows
-from flaxlm.token_rows import Collator, TokenRows
+from flaxlm import batches, cli, corpus, processes, randomness, sharding, token_rows
+from flaxlm.token_rows import Collator
 
 
 class Evaluator:
@@ -20,7 +20,7 @@ class Evaluator:
 
     def __init__(
         self,
-        rows: TokenRows,
+        data: corpus.Corpus,
         collator: Collator,
         plan: batches.Plan,
         seed: int,
@@ -28,6 +28,7 @@ class Evaluator:
         p_eval_step: sharding.CompiledStep,
         eval_metrics: Callable[[Mapping[str, float]], dict[str, float]],
     ):
+        rows, self.text = data.validation, data.validation_text
         if rows:  # a batch larger than all rows would hold nothing more
             most = mesh.size * math.ceil(len(rows["input_ids"]) / mesh.size)
             plan = dataclasses.replace(plan, eval_batch_size=min(plan.eval_batch_size, most))
@@ -63,7 +64,10 @@ class Evaluator:
                 totals = add_sums(totals, done)  # fetched one batch late, so that the devices don't wait
                 stop.check(totals.get("stop", 0) > 0)
                 bar.update(1)
-        return self.eval_metrics(add_sums(totals, pending))
+        totals = add_sums(totals, pending)
+        if self.text:  # what a loss per label is of the text, for an objective that says so
+            totals |= {"text_tokens": self.text.num_tokens, "text_bytes": self.text.num_bytes}
+        return self.eval_metrics(totals)
 
 
 def add_sums(totals: Mapping[str, float], sums: Mapping[str, jax.Array]) -> dict[str, float]:

@@ -26,6 +26,24 @@ logger = logging.getLogger(__name__)
 # ---- Text ----------------------------------------------------------------------------------------------------------------
 
 
+MOST_PROMPTS = 1024  # all are one batch
+
+
+def read_prompts(path: str, flag: str) -> list[str]:
+    """The lines of a txt file that are not blank."""
+    inputs.find(path, flag, None)
+    if formats.suffixes(path) != ("txt", ""):
+        cli.fail(f"{flag} {path}: must be a txt file with a prompt per line")
+    tables = formats.read_tables([path], flag, "text", {})
+    texts = itertools.islice((text for table in tables for text in table["text"].to_pylist() if text.strip()), MOST_PROMPTS + 1)
+    prompts = [text.strip("\r") for text in texts]
+    if not prompts:
+        cli.fail(f"{flag} {path}: has blank lines only; write a prompt per line")
+    if len(prompts) > MOST_PROMPTS:
+        cli.fail(f"{flag} {path}: has more than {MOST_PROMPTS} lines; name a file with a few prompts")
+    return prompts
+
+
 class TextFiles(NamedTuple):
     """The files of one split, all of one format; what formats.read_tables takes."""
 

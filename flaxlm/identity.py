@@ -19,7 +19,8 @@ FREE_FLAGS = {
     "resume_changes", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience",
     "early_stopping_threshold", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "multihost",
     "coordinator_address", "num_processes", "process_id", "fsdp", "compile_for", "json", "cache_dir", "overwrite_cache",
-    "preprocessing_num_workers", "max_eval_samples", "trust_remote_code",
+    "preprocessing_num_workers", "max_eval_samples", "trust_remote_code", "generate_samples", "max_new_tokens",
+    "temperature", "top_p",
     "validation_file", "validation_ref_file", "train_split_name", "eval_split_name",
     # Compared by what they yield: rows of tokens, a configuration, the size of a batch.
     "train_file", "train_ref_file", "encoding", "dataset_name", "dataset_config_name", "mixture_file", "config_name",

@@ -163,7 +163,7 @@ def stale_files(training_args: arguments.TrainingArguments) -> Iterator[Path]:
     if training_args.resume_from_checkpoint:
         return
     if not training_args.do_train:
-        yield from (path for path in [directory / "eval_results.json"] if path.exists())
+        yield from (path for name in ("eval_results.json", "samples.json") if (path := directory / name).exists())
         return
     for path in sorted(directory.glob("checkpoint-*")):
         if re.fullmatch(r"checkpoint-\d+(\.damaged)?", path.name) and (path.is_symlink() or is_checkpoint(path)):
@@ -174,7 +174,7 @@ def stale_files(training_args: arguments.TrainingArguments) -> Iterator[Path]:
         yield from (path for name in RESULTS if (path := directory / name).exists())
 
 
-RESULTS = ("run_info.json", "train_results.json", "eval_results.json", "eval_info.json", "training_curves.png")
+RESULTS = ("run_info.json", "train_results.json", "eval_results.json", "eval_info.json", "samples.json", "training_curves.png")
 
 
 def remove(paths: Iterator[Path]) -> None:

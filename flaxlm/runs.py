@@ -3,7 +3,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -19,6 +19,7 @@ from flaxlm import (
     corpus,
     estimates,
     files,
+    generation,
     hub,
     identity,
     logs,
@@ -50,7 +51,8 @@ class Run:
                         run.save()
             run.finish()                           # results, model card, the last upload
 
-    `step` counts completed updates; `position` is where a stream has been read to; `evaluations` are metrics by step;
+    `step` counts completed updates; `position` is where a stream has been read to; `evaluations` are metrics by step, and
+    `samples` what the model wrote then, of the last evaluation and of those since the last line of the log;
     `results` is what train_results.json and eval_results.json say. `script` is the path of the script, for its record.
     """
 
@@ -74,6 +76,7 @@ class Run:
         self.step, self.position = 0, None
         self.evaluations: dict[int, dict[str, float]] = {}
         self.changes: list[dict[str, Any]] = []  # of flags in resumed runs, each with the step at which it was made
+        self.samples: dict[int, list[generation.Sample]] = {}
         self.results: dict[str, float] = {}
         self.profile = profiles.Profile(args.training, plan.num_steps)
         self.unwritten: list[str] = []  # files that could not be written
@@ -105,6 +108,7 @@ class Run:
         self.log = logs.TrainingLog(training_args, self.plan, self.points)
         if progress:
             self.log.resume(progress)
+            self.take_up_samples(progress)
         self.state, self.step = state, int(state.step)
         return state
 
@@ -204,20 +208,47 @@ class Run:
         """The step of the best evaluation so far."""
         return selection.best_step(self.args.training, self.evaluations)
 
-    def report(self, metrics: dict[str, float]) -> None:
-        """Note the metrics of an evaluation, in the log and to the reporters."""
+    def report(self, metrics: dict[str, float], samples: Sequence[generation.Sample] = ()) -> None:
+        """Note the metrics of an evaluation, and what the model wrote, in the log and to the reporters."""
         self.evaluations[self.step] = metrics
         figures = ", ".join(f"{name[5:]} {value:.4f}" for name, value in metrics.items())
         cli.logger.info("evaluation at step %d: %s", self.step, figures)
-        if self.points and not self.is_reported(next(iter(metrics))):
-            self.points.add(self.step, metrics)
-            self.points.flush(through=None if self.log.window else self.step)  # a window is written at its log line
+        points = None if self.is_reported(next(iter(metrics))) else self.points
+        if samples:
+            self.report_samples(list(samples), points)
+        if points:
+            points.add(self.step, metrics)
+            points.flush(through=None if self.log.window else self.step)  # a window is written at its log line
         if self.is_over() and self.saver:
             best = self.best_step()
             line = "Stopping early: %d evaluation(s) in a row not better; the best %s was %.4f, at step %s"
             name = selection.metric_name(self.args.training)
             patience = self.args.training.early_stopping_patience
             cli.logger.info(line, patience, name[5:], self.evaluations.get(best, {}).get(name, float("nan")), best)
+
+    def report_samples(self, samples: list[generation.Sample], points: reporters.Reports | None) -> None:
+        """Note what the model wrote: its beginning in the log, all of it in samples.json and to the reporters."""
+        first = self.first_unwritten(self.log.progress()) if self.log else self.step
+        kept = {step for step in self.samples if step >= first or step == self.best_step()}
+        self.samples = {step: self.samples[step] for step in sorted(kept)} | {self.step: samples}
+        for sample in samples:
+            cli.logger.info("  %s | %s", *map(generation.in_a_line, sample))
+        self.write("samples.json", {"step": self.step, "samples": [sample._asdict() for sample in samples]})
+        if points:
+            points.add_text(self.step, "samples", generation.markdown(samples))
+
+    def first_unwritten(self, progress: Mapping[str, Any]) -> int:
+        """The first step whose points are struck out if a run goes on from here: those before the last log line stay."""
+        window = progress["window"]
+        return window[0]["step"] if window else progress.get("step", self.step) + 1
+
+    def take_up_samples(self, progress: Mapping[str, Any]) -> None:
+        """What was written before the checkpoint; to the reporters what was struck out there."""
+        found = progress.get("samples", {})  # older checkpoints have none
+        self.samples = {int(step): [generation.Sample(*sample) for sample in samples] for step, samples in found.items()}
+        for step, samples in self.samples.items():
+            if step >= self.first_unwritten(progress):
+                self.points.add_text(step, "samples", generation.markdown(samples))
 
     def is_reported(self, name: str) -> bool:
         """Has a run that was finished already, and is resumed, written this point of its last evaluation?"""
@@ -228,6 +259,7 @@ class Run:
         """Save the state after this step and the model, in the background; an upload follows."""
         positions = processes.gather_json(self.position)
         progress = {"positions": positions, "evaluations": self.evaluations, "changes": self.changes}
+        progress["samples"] = {step: [list(sample) for sample in samples] for step, samples in self.samples.items()}
         best_step = self.best_step() if self.args.training.load_best_model_at_end else None
         self.saver.save(self.step, self.state, self.log.progress() | progress, best_step)
 
@@ -242,8 +274,9 @@ class Run:
         if self.log and processes.is_main():
             repo_id, curve = self.hub and self.hub.repo_id, self.log.curve
             with self.noting("README.md"):
+                evaluations, samples = self.evaluations, self.samples.get(chosen, [])
                 cards.write_model_card(
-                    self.script, self.args, self.model, curve, self.results, self.evaluations, self.changes, repo_id
+                    self.script, self.args, self.model, curve, self.results, evaluations, self.changes, samples, repo_id
                 )
         if self.hub:
             self.stop.promise = "leaving the upload unfinished"

@@ -221,7 +221,10 @@ class CompiledStep:
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
                 raise
-            flags = {"training": "--per_device_train_batch_size (more --gradient_accumulation_steps keep the batch)"}
+            flags = {
+                "training": "--per_device_train_batch_size (more --gradient_accumulation_steps keep the batch)",
+                "generation": "--max_new_tokens, or the number of prompts of --generate_samples",
+            }
             flag = flags.get(self.name, "--per_device_eval_batch_size")
             cli.fail(
                 f"the {self.name} step does not fit into the memory of a device: lower {flag}, or the tokens per row; what else"

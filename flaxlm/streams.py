@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from flaxlm import addresses, arguments, cli, files, inputs, processes, randomness, text, token_rows
-from flaxlm.token_rows import Collator, TokenizeFn, TokenRows
+from flaxlm.token_rows import Collator, TextSize, TokenizeFn, TokenRows
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +69,9 @@ class TextStream:
             rows[name], left_over[name] = flat[:end].reshape(-1, row_length), flat[end:].tolist()
         return rows, left_over
 
-    def first_rows(self, num_rows: int) -> tuple[TokenRows, int]:
-        """The first rows, unshuffled, and the number of texts they took: what evaluation holds out."""
-        texts, carried, num_texts, found = iter(self.open_dataset()), {}, 0, 0
+    def first_rows(self, num_rows: int) -> tuple[TokenRows, int, TextSize]:
+        """The first rows, unshuffled, the number of texts they took and how large these are: what evaluation holds out."""
+        texts, carried, num_texts, found, num_bytes = iter(self.open_dataset()), {}, 0, 0, 0
         parts = [{name: np.zeros((0, self.collator.row_length), np.int32) for name in self.collator.columns}]
         while found < num_rows:
             batch = self.take(texts, 100)
@@ -82,7 +82,10 @@ class TextStream:
             part, carried = self.make_rows(batch, carried)
             parts.append(part)
             num_texts, found = num_texts + len(batch), found + len(part["input_ids"])
-        return {name: np.concatenate([part[name] for part in parts])[:num_rows] for name in self.collator.columns}, num_texts
+            num_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
+        size = TextSize(found * self.collator.row_length + len(carried.get("input_ids", ())), num_bytes)
+        rows = {name: np.concatenate([part[name] for part in parts])[:num_rows] for name in self.collator.columns}
+        return rows, num_texts, size
 
     def fill_up(self, name: str, values: list[int]) -> np.ndarray:
         """A row of a column, [1, T], from fewer than T values."""
@@ -140,8 +143,9 @@ def open_shard(source: text.Source, num_skipped: int) -> datasets.IterableDatase
 
 def open_streams(
     args: arguments.Arguments, tokenize_fn: TokenizeFn, collator: Collator
-) -> tuple[TextStream | None, TokenRows | None]:
-    """The training stream and the evaluation rows; without validation data these come from the beginning of the stream.
+) -> tuple[TextStream | None, TokenRows | None, TextSize | None]:
+    """The training stream, the evaluation rows and the size of their text; without validation data these rows come from the
+    beginning of the stream.
 
     They are held out also without do_eval, so that a later evaluation meets what was never trained on.
     """
@@ -157,15 +161,15 @@ def open_streams(
         sizes = args.data.shuffle_buffer_size, args.training.seed
         return TextStream(open_dataset, tokenize_column, columns[split], collator, *sizes, name_of(split, args.data))
 
-    rows, num_held_out = None, 0
+    rows, size, num_held_out = None, None, 0
     if reads_rows:
-        rows, num_texts = read_evaluation_rows(make_stream(split), split, args)
+        rows, num_texts, size = read_evaluation_rows(make_stream(split), split, args)
         num_held_out = num_texts if split == "train" else 0
     if not args.training.do_train:
-        return None, rows
+        return None, rows, size
     stream = make_stream("train", num_held_out)
     stream.identity = identify(make_stream("train"), num_held_out)
-    return stream, rows
+    return stream, rows, size
 
 
 def name_of(split: str, data_args: arguments.DataArguments) -> str:
@@ -184,19 +188,22 @@ def find_column(split: str, source: text.Source, collator: Collator, data_args: 
     return token_rows.source_column(split, head, collator, data_args)
 
 
-def read_evaluation_rows(stream: TextStream, split: str, args: arguments.Arguments) -> tuple[TokenRows | None, int]:
-    """The first `num_eval_samples` rows of a stream, shared by all processes, and how many texts this one took for them.
+def read_evaluation_rows(
+    stream: TextStream, split: str, args: arguments.Arguments
+) -> tuple[TokenRows | None, int, TextSize | None]:
+    """The first `num_eval_samples` rows of a stream, shared by all processes, and how many texts this one took for them; and
+    the size of the texts of all processes.
 
     Of a training stream of a single text, which cannot be divided, nothing is held out if nothing is evaluated.
     """
     wanted = args.data.num_eval_samples
     logger.info("Reading %d rows of tokens for evaluation", wanted)
     share = math.ceil(wanted / jax.process_count())
-    found, num_texts = stream.first_rows(share)
+    found, num_texts, size = stream.first_rows(share)
     is_one_text = split == "train" and sum(processes.gather_json(num_texts)) == 1
     if is_one_text and not args.training.do_eval:
         logger.warning("The training data is one text: nothing of it is held out for evaluation.")
-        return None, 0
+        return None, 0, None
     rows = processes.gather_rows(found)
     if len(rows["input_ids"]) == 0:
         cli.fail(f"the {split} data {args.data.reason_for_no_rows(stream.text_column)}")
@@ -204,7 +211,9 @@ def read_evaluation_rows(stream: TextStream, split: str, args: arguments.Argumen
         cli.fail("the training data has 1 row(s), too few to hold some out; give --validation_file")
     if len(found["input_ids"]) < share and split == "train":
         cli.fail(f"--num_eval_samples {wanted}: all the data gives only {len(found['input_ids'])} rows; lower it")
-    return rows, num_texts
+    sizes = processes.gather_json(size)
+    size = None if stream.collator.line_by_line else TextSize(*map(sum, zip(*sizes, strict=True)))
+    return rows, num_texts, size
 
 
 def identify(stream: TextStream, num_held_out: int) -> str:

@@ -13,10 +13,12 @@ import types
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NoReturn, Protocol
+from typing import BinaryIO, NamedTuple, NoReturn, Protocol
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 
 from flaxlm import arguments, cli, files, randomness
 
@@ -26,6 +28,13 @@ logger = logging.getLogger(__name__)
 TokenRows = dict[str, np.ndarray]
 # What a script tokenises with: a batch of texts, and the name of their column, to lists of numbers by column.
 TokenizeFn = Callable[..., Mapping[str, list]]
+
+
+class TextSize(NamedTuple):
+    """Of the text that rows were made of, all of it, whatever was left out of the rows afterwards."""
+
+    num_tokens: int
+    num_bytes: int  # in UTF-8
 
 
 class Collator(Protocol):
@@ -248,6 +257,25 @@ def pad_rows(
             part[np.arange(row_length) < lengths[:, None]] = values
             first += len(lengths)
     return rows
+
+
+def size_of(dataset: datasets.Dataset, column: str, rows: TokenRows, collator: Collator) -> TextSize | None:
+    """How large the text is that `rows` are all of; None where its column holds other than text."""
+    if not is_text(dataset.features.arrow_schema.field(column).type):
+        return None
+    texts = dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000)
+    num_bytes = sum(pa.compute.sum(pa.compute.binary_length(table[column])).as_py() or 0 for table in texts)
+    return TextSize(count_tokens(rows, collator), num_bytes)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def count_tokens(rows: TokenRows, collator: Collator) -> int:
+    """Tokens in rows of joined texts, of which only the last is filled up."""
+    full_rows, last_row = rows["input_ids"][:-1], rows["input_ids"][-1:]
+    return full_rows.size + int((last_row != collator.columns["input_ids"]).sum())
 
 
 def checksum(rows: TokenRows) -> int:

@@ -9,7 +9,6 @@ were trained on and write down what is missing, or the whole. The baseline alway
 """
 
 import argparse
-import functools
 import importlib
 import json
 import sys
@@ -18,66 +17,48 @@ from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 from fill_mask import count_tokens, unigram_baseline
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flaxlm import models, randomness, weights
+from flaxlm import generation, models, randomness, sharding, weights
 
 SCRIPTS = {"gpt2": "run_clm_flax", "t5": "run_t5_mlm_flax", "bart": "run_bart_dlm_flax"}
 NUM_EXAMPLES = 4
 PROMPT_TOKENS, NEW_TOKENS = 12, 30
 
 
-class Writer:
-    """A model that writes one token after the other. It reads all that is there again for each: these models are small."""
-
-    def __init__(self, model: nn.Module, params: Any):
-        self.model, self.params, self.has_decoder = model, params, models.has_decoder(model)
-        self.scores = jax.jit(functools.partial(self.scores_of_next, model))
-
-    def scores_of_next(self, model: nn.Module, params: Any, source: tuple, ids_BT: jax.Array, position: int) -> jax.Array:
-        """Scores of the token behind `position`: [B, V]."""
-        hidden_BTH = model.apply({"params": params}, *source, ids_BT, jnp.ones_like(ids_BT))
-        return model.apply({"params": params}, hidden_BTH[:, position], method="scores")
-
-    def write(
-        self, begun_BT: np.ndarray, num_tokens: int, source: tuple[np.ndarray, ...] = (), temperature: float = 0.0
-    ) -> np.ndarray:
-        """What follows on `begun_BT`: int [B, num_tokens], drawn at random or, at temperature 0, the likeliest."""
-        T = begun_BT.shape[1]
-        ids = np.pad(begun_BT, ((0, 0), (0, num_tokens)))
-        for position in range(T, T + num_tokens):
-            scores = self.scores(self.params, source, ids, position - 1)
-            key = jax.random.fold_in(jax.random.key(0), position)
-            drawn = jax.random.categorical(key, scores / temperature) if temperature else scores.argmax(-1)
-            ids[:, position] = drawn
-        return ids[:, T:]
+def write(
+    model: nn.Module, params: Any, prompts: generation.Prompts, num_tokens: int, tokenizer: PreTrainedTokenizerBase, **how: Any
+) -> list[list[int]]:
+    """What the model writes after each prompt, up to the end of the text."""
+    sampling = generation.Sampling(num_tokens=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **how)
+    row_length = max(map(len, prompts.begun)) + num_tokens
+    return generation.Generator(model, prompts, num_tokens, row_length, sampling, sharding.one_device())(params)
 
 
-def until(ids: np.ndarray, end: int) -> np.ndarray:
-    """Ids before the first `end`, if there is one."""
-    return ids[: np.argmax(ids == end)] if end in ids else ids
-
-
-def continue_paragraphs(writer: Writer, tokenizer: PreTrainedTokenizerBase, paragraphs: list[str]) -> None:
+def continue_paragraphs(model: nn.Module, params: Any, tokenizer: PreTrainedTokenizerBase, paragraphs: list[str]) -> None:
     """Print beginnings of paragraphs and what the model makes of them, drawn at random with low temperature."""
-    prompts = np.array([tokenizer(paragraph, verbose=False)["input_ids"][:PROMPT_TOKENS] for paragraph in paragraphs])
+    prompts = [tokenizer(paragraph, verbose=False)["input_ids"][:PROMPT_TOKENS] for paragraph in paragraphs]
+    written = write(model, params, generation.Prompts(prompts), NEW_TOKENS, tokenizer, temperature=0.6)
     print("\nHow it goes on from the beginnings of paragraphs that were held out:")
-    for prompt, ids in zip(prompts, writer.write(prompts, NEW_TOKENS, temperature=0.6), strict=True):
-        text = tokenizer.decode(until(ids, tokenizer.eos_token_id), skip_special_tokens=True)
+    for prompt, ids in zip(prompts, written, strict=True):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
         print(f"  {tokenizer.decode(prompt)} | {' '.join(text.split())}")
 
 
 def restore_paragraphs(
-    writer: Writer, tokenizer: PreTrainedTokenizerBase, paragraphs: list[str], script: ModuleType, length: int
+    model: nn.Module,
+    params: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    paragraphs: list[str],
+    script: ModuleType,
+    length: int,
 ) -> None:
     """Print paragraphs, the noisy form that the model reads, and what it writes, the likeliest token each time."""
-    config = writer.model.config
+    config = model.config
     collator = script.Collator(tokenizer, config, script.DataTrainingArguments(), length)
     columns = script.tokenize_texts({"text": paragraphs}, tokenizer, "text", **collator.tokenize_options)
     rows = {name: np.full((len(paragraphs), collator.row_length), fill) for name, fill in collator.columns.items()}
@@ -86,13 +67,13 @@ def restore_paragraphs(
             row[: len(values)] = values[: len(row)]
     uniforms = randomness.row_uniforms(0, ("demonstration",), 0, len(paragraphs), collator.draws_per_row)
     batch = collator(rows, uniforms, np.ones(len(paragraphs), bool), 1)
-    begun = np.full((len(paragraphs), 1), config.decoder_start_token_id)
-    written = writer.write(begun, batch["labels"].shape[1], (batch["input_ids"], batch["attention_mask"]))
+    source = [ids[is_token > 0].tolist() for ids, is_token in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    prompts = generation.Prompts([[config.decoder_start_token_id]] * len(source), source)
+    written = write(model, params, prompts, batch["labels"].shape[1], tokenizer)
     print("\nParagraphs that were held out, as it reads them, and what it writes:")
     for i, ids in enumerate(written):
         noisy = tokenizer.decode(batch["input_ids"][i][batch["attention_mask"][i] > 0])
         expected = tokenizer.decode(batch["labels"][i][batch["label_weights"][i] > 0])
-        ids = until(ids[1:], tokenizer.eos_token_id) if ids[0] == tokenizer.eos_token_id else until(ids, tokenizer.eos_token_id)
         for title, text in (("reads", noisy), ("writes", tokenizer.decode(ids)), ("right", expected)):
             hidden = [t for t in (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token) if t]
             for token in hidden:
@@ -115,14 +96,14 @@ def main() -> None:
 
     arguments = json.loads((args.model_dir / "run_info.json").read_text())["arguments"]
     script = importlib.import_module(SCRIPTS[json.loads((args.model_dir / "config.json").read_text())["model_type"]])
-    writer = Writer(*weights.from_pretrained(str(args.model_dir), script.MODELS))
+    model, params = weights.from_pretrained(str(args.model_dir), script.MODELS)
     paragraphs = (args.corpus_dir / "validation.txt").read_text("utf-8").splitlines()
     paragraphs = [p for p in paragraphs if 25 <= len(tokenizer(p, verbose=False)["input_ids"]) <= 50]
     paragraphs = paragraphs[:: max(1, len(paragraphs) // NUM_EXAMPLES)][:NUM_EXAMPLES]
-    if writer.has_decoder:
-        restore_paragraphs(writer, tokenizer, paragraphs, script, arguments["max_seq_length"])
+    if models.has_decoder(model):
+        restore_paragraphs(model, params, tokenizer, paragraphs, script, arguments["max_seq_length"])
     else:
-        continue_paragraphs(writer, tokenizer, paragraphs)
+        continue_paragraphs(model, params, tokenizer, paragraphs)
 
     print(f"\n{args.model_dir} holds flax_model.msgpack, model.safetensors (for PyTorch), config, tokenizer, *_results.json.")
     print(f"Curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {args.model_dir}")

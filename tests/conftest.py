@@ -282,6 +282,7 @@ def read_events(output_dir) -> dict[str, list[tuple[int, float]]]:
     return {
         tag: [(event.step, float(event.tensor_proto.float_val[0])) for event in events.Tensors(tag)]
         for tag in events.Tags()["tensors"]
+        if events.SummaryMetadata(tag).plugin_data.plugin_name == "scalars"
     }
 
 

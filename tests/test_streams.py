@@ -87,7 +87,7 @@ def open_stream(path, tokenizer, num_eval_samples=1, **flags):
     collator = script.Collator(tokenizer, None, data_args, ROW)
     tokenize_fn = functools.partial(script.tokenize_texts, tokenizer=tokenizer, **collator.tokenize_options)
     args = arguments.Arguments(arguments.ModelArguments(), data_args, training_args)
-    stream, rows = streams.open_streams(args, tokenize_fn, collator)
+    stream, rows, _ = streams.open_streams(args, tokenize_fn, collator)
     return stream, rows["input_ids"]
 
 

@@ -140,7 +140,7 @@ class BartStack(nn.Module):
 
 
 class BartModel(nn.Module):
-    """Ids of both sides to hidden states of the decoder [B, T, H]."""
+    """Ids of the encoder to its hidden states [B, S, H]; with these, ids of the decoder to its own [B, T, H]."""
 
     config: BartConfig
     compute: layers.Compute
@@ -151,14 +151,16 @@ class BartModel(nn.Module):
         self.encoder = BartStack(self.config, self.compute, self.variant, "encoder")
         self.decoder = BartStack(self.config, self.compute, self.variant, "decoder")
 
-    def __call__(
+    def encode(self, input_ids_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
+        return self.encoder(self.shared(input_ids_BS), segment_ids_BS)
+
+    def decode(
         self,
-        input_ids_BS: jax.Array,
-        segment_ids_BS: jax.Array,
         decoder_input_ids_BT: jax.Array,
         decoder_segment_ids_BT: jax.Array,
+        memory_BSH: jax.Array,
+        segment_ids_BS: jax.Array,
     ) -> jax.Array:
-        memory_BSH = self.encoder(self.shared(input_ids_BS), segment_ids_BS)
         return self.decoder(self.shared(decoder_input_ids_BT), decoder_segment_ids_BT, memory_BSH, segment_ids_BS)
 
 
@@ -200,10 +202,25 @@ class BartForConditionalGeneration(nn.Module):
         decoder_segment_ids_BT: jax.Array,
     ) -> jax.Array:
         """[B, T, H]; tokens see those of the same segment, of the encoder's and of the decoder's, and 0 is padding."""
-        hidden_BTH = self.model(input_ids_BS, segment_ids_BS, decoder_input_ids_BT, decoder_segment_ids_BT)
+        memory_BSH = self.encode(input_ids_BS, segment_ids_BS)
+        hidden_BTH = self.decode(decoder_input_ids_BT, decoder_segment_ids_BT, memory_BSH, segment_ids_BS)
         if self.is_initializing():
             self.scores(hidden_BTH)
         return hidden_BTH
+
+    def encode(self, input_ids_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
+        """What the decoder looks at: [B, S, H]."""
+        return self.model.encode(input_ids_BS, segment_ids_BS)
+
+    def decode(
+        self,
+        decoder_input_ids_BT: jax.Array,
+        decoder_segment_ids_BT: jax.Array,
+        memory_BSH: jax.Array,
+        segment_ids_BS: jax.Array,
+    ) -> jax.Array:
+        """[B, T, H]"""
+        return self.model.decode(decoder_input_ids_BT, decoder_segment_ids_BT, memory_BSH, segment_ids_BS)
 
     def scores(self, hidden_XH: jax.Array) -> jax.Array:
         """[..., V]; the bias is not trained."""

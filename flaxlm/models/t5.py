@@ -227,12 +227,25 @@ class T5ForConditionalGeneration(nn.Module):
         decoder_segment_ids_BT: jax.Array,
     ) -> jax.Array:
         """[B, T, H]; tokens see those of the same segment, of the encoder's and of the decoder's, and 0 is padding."""
-        memory_BSH = self.encoder(self.shared(input_ids_BS), segment_ids_BS)
-        words_BTH = self.shared(decoder_input_ids_BT)
-        hidden_BTH = self.decoder(words_BTH, decoder_segment_ids_BT, memory_BSH, segment_ids_BS)
+        memory_BSH = self.encode(input_ids_BS, segment_ids_BS)
+        hidden_BTH = self.decode(decoder_input_ids_BT, decoder_segment_ids_BT, memory_BSH, segment_ids_BS)
         if self.is_initializing():
             self.scores(hidden_BTH)
         return hidden_BTH
+
+    def encode(self, input_ids_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
+        """What the decoder looks at: [B, S, H]."""
+        return self.encoder(self.shared(input_ids_BS), segment_ids_BS)
+
+    def decode(
+        self,
+        decoder_input_ids_BT: jax.Array,
+        decoder_segment_ids_BT: jax.Array,
+        memory_BSH: jax.Array,
+        segment_ids_BS: jax.Array,
+    ) -> jax.Array:
+        """[B, T, H]"""
+        return self.decoder(self.shared(decoder_input_ids_BT), decoder_segment_ids_BT, memory_BSH, segment_ids_BS)
 
     def scores(self, hidden_XH: jax.Array) -> jax.Array:
         """[..., V]"""
