@@ -31,7 +31,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self):  # noqa: N802 (http.server names it)
+    def do_GET(self):
         server, path = self.server, urlsplit(self.path).path
         server.asked.append((self.path, dict(self.headers)))
         if status := server.refused.get(path):
@@ -176,7 +176,7 @@ def test_seeking(web):
     with addresses.open_file(f"{web.address}/a.txt", None) as file:
         for offset, whence in ((-10, os.SEEK_END), (100, os.SEEK_SET), (5, os.SEEK_CUR), (0, os.SEEK_SET), (0, os.SEEK_END)):
             file.seek(offset, whence)
-            assert file.read(7) == data[file.tell() - 7 : file.tell()] or offset == 0 and whence == os.SEEK_END
+            assert file.read(7) == data[file.tell() - 7 : file.tell()] or (offset == 0 and whence == os.SEEK_END)
     with addresses.open_file(f"{web.address}/a.txt", None) as file:
         assert file.read() == data
 
@@ -252,14 +252,14 @@ def test_a_run_from_the_web(streaming, web, roberta_dir, texts, tmp_path):
         flags = [*data, *more, "--max_steps", 4, "--cache_dir", tmp_path / "cache", "--save_steps", 2, *flags]
         return run(tmp_path / name, roberta_dir, *flags)
 
-    expected, found = train("disk", web.directory), train("web", web.address)
+    expected, found = train("disk", web.directory), train("from-web", web.address)
     kept = ("train_loss", "eval_loss")
     assert [found[key] for key in kept] == [expected[key] for key in kept]
-    newest = tmp_path / "web" / "checkpoint-4"
+    newest = tmp_path / "from-web" / "checkpoint-4"
     newest.rename(tmp_path / "away")
-    found = train("web", web.address, "--resume_from_checkpoint")
+    found = train("from-web", web.address, "--resume_from_checkpoint")
     assert [found[key] for key in kept] == [expected[key] for key in kept]
-    assert f"--train_file {web.address}/train.txt.gz" in (tmp_path / "web" / "README.md").read_text()
+    assert f"--train_file {web.address}/train.txt.gz" in (tmp_path / "from-web" / "README.md").read_text()
 
 
 # ---- File systems that list ----------------------------------------------------------------------------------------------
@@ -334,7 +334,9 @@ def private_data(hub, tmp_path):
     api.create_repo("tester/data", private=True)
     for number, part in enumerate((TEXTS[:100], TEXTS[100:])):
         write(tmp_path / f"{number}.txt.gz", part)
-        api.upload_file(path_or_fileobj=tmp_path / f"{number}.txt.gz", path_in_repo=f"text/{number}.txt.gz", repo_id="tester/data")
+        api.upload_file(
+            path_or_fileobj=tmp_path / f"{number}.txt.gz", path_in_repo=f"text/{number}.txt.gz", repo_id="tester/data"
+        )
     return "hf://tester/data"
 
 
@@ -367,7 +369,7 @@ def test_the_token_is_never_said(private_data, roberta_dir, tmp_path, caplog):
     flags = ["--train_file", f"{private_data}/text", "--token", "hf_good", "--cache_dir", tmp_path / "cache", "--max_steps", 2]
     run(tmp_path / "out", roberta_dir, *flags)
     assert "hf_good" not in caplog.text
-    written = [path for path in itertools.chain((tmp_path / "out").rglob("*"), (tmp_path / "cache").rglob("*"))]
+    written = list(itertools.chain((tmp_path / "out").rglob("*"), (tmp_path / "cache").rglob("*")))
     assert len(written) > 5
     assert not any(b"hf_good" in path.read_bytes() for path in written if path.is_file())
 
