@@ -208,7 +208,7 @@ def test_long_json_in_another_encoding(evaluated, monkeypatch, tmp_path):
     ],
 )
 def test_encodings_that_are_refused(encoding, name, message, streaming, prepare, refuses, tmp_path):
-    (tmp_path / name).write_text(json.dumps({"text": "blåbær"}) + "\n")
+    (tmp_path / name).write_text(json.dumps({"text": "blåbær"}, ensure_ascii=False) + "\n", "utf-8")
     with refuses(message):
         prepare("--validation_file", tmp_path / name, "--do_eval", "--encoding", encoding, streaming=streaming)
 
