@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flaxlm import addresses, arguments, cli, files, formats, inputs
+from flaxlm import addresses, arguments, cli, files, formats, inputs, streams
 from tests.conftest import run
 from tests.hub_server import HubServer
 
@@ -155,6 +155,18 @@ def test_a_connection_that_breaks_for_good_is_an_accident(streaming, web, tmp_pa
     web.cut_after = 1000
     with pytest.raises(cli.Accident, match=f"^--train_file {web.address}/a.txt: the network failed: peer closed"):
         texts_of(f"{web.address}/a.txt", tmp_path / "cache", streaming)
+
+
+def test_a_stream_that_breaks_says_how_to_go_on(web):
+    write(web.directory / "a.txt")
+    web.cut_after = 1000
+    with (
+        pytest.raises(
+            cli.Accident, match=r"^--train_file X: the network failed: peer closed .*; if a checkpoint was saved, the "
+        ),
+        streams.told_of_streams("--train_file X"),
+    ):
+        list(files.load(f"{web.address}/a.txt", "--train_file", None, streaming=True))
 
 
 def test_a_file_that_changes_while_it_is_read(web, tmp_path, monkeypatch, refuses):
