@@ -127,7 +127,7 @@ class DataTrainingArguments(arguments.DataArguments):
             if path and not os.path.isfile(path):
                 cli.fail(f"{flag} {path}: no such file")
             names = getattr(self, f"{split}_file")
-            if path and len(inputs.find(names, f"--{split}_file").paths) > 1:
+            if path and len(inputs.find(names, f"--{split}_file", model_args.token).paths) > 1:
                 cli.fail(f"{flag} {path}: refers to the rows of one file, and --{split}_file names several; put them into one")
 
     def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:

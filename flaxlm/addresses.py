@@ -5,6 +5,7 @@ import contextlib
 import importlib.metadata
 import io
 import os
+import re
 import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -123,7 +124,8 @@ def find(name: str, flag: str, token: str | None) -> Listing:
         fs.info(path)  # raises FileNotFoundError
         return Listing([name], False)
     found = fs.find(path) if not is_pattern else [file for file in fs.glob(path) if fs.isfile(file)]
-    inner = [file for file in found if is_pattern or not is_hidden(file.removeprefix(path))]
+    fixed = re.split(r"[^/]*[*?\[]", path)[0] if is_pattern else path  # what was named may be hidden
+    inner = [file for file in found if not is_hidden(file.removeprefix(fixed))]
     return Listing([f"{fs.unstrip_protocol(file)}{chain}" for file in sorted(inner)], True)
 
 

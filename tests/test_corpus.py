@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 import run_clm_flax
 import run_mlm_flax
 import run_pretraining_flax
-from flaxlm import cli, command_line, corpus, streams
+from flaxlm import cli, command_line, corpus, formats, streams
 
 BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "streaming"])
 TEXTS = [f"This is text number {number}, of some words." for number in range(30)]
@@ -151,6 +151,75 @@ def test_other_encodings_are_refused(encoding, name, streaming, prepare, refuses
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
     with refuses(f"--validation_file {tmp_path / name}: .*not UTF-8; name its encoding, .*--encoding .*`iconv -f "):
         prepare("--validation_file", tmp_path / name, "--do_eval", streaming=streaming)
+
+
+@BOTH
+@pytest.mark.parametrize("given_by", ["file", "directory"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt.gz", "a.jsonl.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1", "UTF-8", "utf-8-sig", "shift_jis", "cp1252"])
+def test_encodings(encoding, name, given_by, streaming, evaluated, tmp_path):
+    """Text as it was written, in files of every format."""
+    lines = [f"Text {n}: " + ("模型" if encoding == "shift_jis" else "blåbær, på brødskive") for n in range(20)]
+    lines = [line.replace("模型", "日本語") for line in lines]
+    kind = name.removesuffix(".gz").partition(".")[2]
+    rows = [{"text": line} for line in lines]
+    content = {
+        "jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        "json": json.dumps(rows, ensure_ascii=False),
+        "txt": "".join(f"{line}\n" for line in lines),
+    }.get(kind, "text\n" + "".join(f'"{line}"\n' for line in lines))
+    raw = content.encode(encoding)
+    path = tmp_path / "data" / name
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    data = ["--validation_file", path] if given_by == "file" else ["--dataset_name", path.parent, "--eval_split_name", "train"]
+    assert evaluated(*data, "--encoding", encoding, streaming=streaming) == lines
+
+
+def test_an_encoding_is_part_of_what_the_cache_knows(evaluated, tmp_path):
+    (tmp_path / "a.txt").write_bytes("blåbær\n".encode("latin-1"))
+    assert evaluated("--validation_file", tmp_path / "a.txt", "--encoding", "latin-1") == ["blåbær"]
+    assert evaluated("--validation_file", tmp_path / "a.txt", "--encoding", "cp1251") == ["blеbжr"]
+
+
+def test_long_json_in_another_encoding(evaluated, monkeypatch, tmp_path):
+    """Read a block at a time, in the columns of the first: keys that come later, or in another order, change nothing."""
+    monkeypatch.setattr(formats, "JSON_BLOCK", 1000)
+    rows = [{"text": f"Text {n} på brødskive", "n": n} | ({"m": {"a": n}} if n % 3 else {}) for n in range(200)]
+    lines = [json.dumps(dict(sorted(row.items(), reverse=n % 2)), ensure_ascii=False) for n, row in enumerate(rows)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), "utf-16")
+    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False), "utf-16")
+    for name in ("a.jsonl", "a.json"):
+        assert evaluated("--validation_file", tmp_path / name, "--encoding", "utf-16") == [row["text"] for row in rows]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("encoding", "name", "message"),
+    [
+        ("rot13", "a.txt", "^--encoding rot13: is no encoding of text that Python knows: "),
+        ("base64", "a.txt", "^--encoding base64: is no encoding of text that Python knows: "),
+        ("latin-99", "a.txt", "^--encoding latin-99: is no encoding of text that Python knows: unknown encoding"),
+        ("undefined", "a.txt", "^--encoding undefined: is no encoding of text"),
+        ("utf-16", "a.parquet", "^--encoding utf-16: not for .*a.parquet; text in parquet files is always UTF-8"),
+        ("ascii", "a.txt", "--validation_file .*a.txt: .*: its text is not ascii; name another --encoding"),
+        ("utf-16", "a.txt", "--validation_file .*a.txt: .*: its text is not utf-16; name another --encoding"),
+        ("ascii", "a.jsonl", "--validation_file .*a.jsonl: .*: its text is not ascii; name another --encoding"),
+    ],
+)
+def test_encodings_that_are_refused(encoding, name, message, streaming, prepare, refuses, tmp_path):
+    (tmp_path / name).write_text(json.dumps({"text": "blåbær"}, ensure_ascii=False) + "\n", "utf-8")
+    with refuses(message):
+        prepare("--validation_file", tmp_path / name, "--do_eval", "--encoding", encoding, streaming=streaming)
+
+
+def test_an_encoding_is_for_files(prepare, refuses, tmp_path):
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "parquet").mkdir()
+    datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / "parquet" / "train.parquet")
+    for name, message in {"saved": "not for --dataset_name .*saved", "parquet": "not for .*train.parquet; text in"}.items():
+        with refuses(f"^--encoding latin-1: {message}"):
+            prepare("--dataset_name", tmp_path / name, "--encoding", "latin-1")
 
 
 ODD_NAMES = ["a::b.txt", "CORPUS.TXT", "Corpus.Csv.GZ", "a b.txt", "a[1].jsonl", "a*?.txt", "50%.txt", "a#b.csv", "båt.txt",

@@ -379,6 +379,21 @@ def test_all_formats_give_the_same_tokenizer(few_texts, tmp_path):
         assert (out / "tokenizer.json").read_bytes() == expected, name
 
 
+def test_several_files_and_encodings(few_texts, tmp_path, capsys):
+    """A directory of parts in another encoding makes the tokenizer of the whole; the command to go on with names both."""
+    lines = few_texts.read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "parts").mkdir()
+    for number, part in enumerate((lines[:20], lines[20:])):
+        (tmp_path / "parts" / f"{number}.txt").write_text("".join(part), "utf-16")
+    prepare(tmp_path / "whole", few_texts)
+    prepare(tmp_path / "several", tmp_path / "parts", "--encoding", "utf-16")
+    assert f"--train_file {tmp_path / 'parts'} --encoding utf-16 --output_dir ..." in capsys.readouterr().err
+    parts = [tmp_path / "parts" / f"{number}.txt" for number in (0, 1)]
+    prepare(tmp_path / "both", few_texts, "--train_file", *parts, "--encoding", "utf-16")
+    for name in ("several", "both"):
+        assert (tmp_path / name / "tokenizer.json").read_bytes() == (tmp_path / "whole" / "tokenizer.json").read_bytes()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_same_text_same_files(name, few_texts, tmp_path):
     """Also for WordPiece, whose trainer numbers characters in the order of a hash table."""
