@@ -24,7 +24,7 @@ from tests.conftest import read_events
 from tests.test_batches import Recorder
 from tests.test_checkpoints import outcome, train_until
 from tests.test_optimizers import plan_of
-from tests.test_processes import STREAM, end_of, stop_and_resume
+from tests.test_processes import STREAM, end_of
 from tests.test_processes import assert_same_run as assert_same_curves
 from tests.test_processes import start as start  # a fixture
 from tests.test_streams import assert_same_run, back_to, damaged
@@ -329,9 +329,12 @@ def test_what_is_evaluated(streaming, prepare, data, byte_level_tokenizer):
         expected = lines_of(alone.validation) | lines_of(code.validation)
         assert trained(prepared) == lines_of(alone.train)
     assert lines_of(prepared.validation) == expected
+    num_rows = 15 + 5 if streaming else alone.num_validation_rows + code.num_validation_rows
+    assert prepared.num_validation_rows == num_rows
     assert not trained(prepared) & lines_of(prepared.validation)
     for_all, _ = prepare(*flags, "--validation_file", data / "code" / "validation.jsonl", streaming=streaming)
     assert lines_of(for_all.validation) == lines_of(code.validation)
+    assert for_all.num_validation_rows == code.num_validation_rows
     assert trained(for_all) > trained(prepared)
     assert prepared.identity != for_all.identity
     (evaluated, _), (not_evaluated, _) = (prepare(*flags, f"--do_{what}", streaming=streaming) for what in ("eval", "train"))
@@ -471,11 +474,13 @@ def test_a_checkpoint_of_before_has_no_shares(trained):
 
 
 def test_two_processes_stream_a_mixture(start, data, tmp_path):
-    """Each reads texts of its own; stopped by a signal to one of them it goes on exactly."""
+    """Each reads texts of its own; from a checkpoint in the middle they go on exactly."""
     flags = ["--mixture_file", data / "mixture.yaml", *STREAM]
     whole = tmp_path / "whole"
     ended = end_of(*start(whole, *flags))
     assert ended.statuses == [0, 0], "\n".join(ended.logs)
     assert json.loads((whole / "train_results.json").read_text())["share_of_prose"] == 0.75
-    stop_and_resume(start, tmp_path / "stopped", *flags)
-    assert_same_curves(tmp_path / "stopped", whole)
+    back = back_to(whole, tmp_path / "back", 35)
+    ended = end_of(*start(back, *flags, "--resume_from_checkpoint"))
+    assert ended.statuses == [0, 0], "\n".join(ended.logs)
+    assert_same_curves(back, whole)
