@@ -256,10 +256,8 @@ def build_byte_level_bpe(
         tokenizer.model.save(directory)
         # A mask takes in the space before it, as in the published models.
         mask = {"mask_token": AddedToken("<mask>", lstrip=True, normalized=False, special=True)}
-        names = mask if "<mask>" in family.special_tokens else {}
-        return family.tokenizer_class.from_pretrained(
-            directory, **names, **({"extra_special_tokens": [*added]} if added else {})
-        )
+        names = (mask if "<mask>" in family.special_tokens else {}) | ({"extra_special_tokens": [*added]} if added else {})
+        return family.tokenizer_class.from_pretrained(directory, **names)
 
 
 def build_wordpiece(sample: TextSample, family: Family, vocab_size: int, args: PrepareArguments) -> PreTrainedTokenizerFast:
