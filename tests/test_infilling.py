@@ -255,7 +255,7 @@ def test_devices_and_processes_change_nothing(fim_tokenizer):
 
 # ---- Mistakes ------------------------------------------------------------------------------------------------------------
 
-BASE = ["--config_name", "x", "--tokenizer_name", "x", "--train_file", "README.md", "--output_dir", "out"]
+BASE = ["--config_name", "x", "--tokenizer_name", "x", "--train_file", "requirements.txt", "--output_dir", "out"]
 
 
 @pytest.mark.parametrize(
