@@ -165,7 +165,7 @@ def test_rates_and_numbers_of_their_own(fim_tokenizer):
     changed = [text for text in texts if text[0] == PRE]
     assert len(changed) / 800 == pytest.approx(0.3, abs=0.06)
     assert sum(text[1] == SUF and text.index(MID) < 32 for text in changed) / len(changed) == pytest.approx(0.25, abs=0.1)
-    assert len({tuple(text) for text in changed}) > 0.7 * len(changed)
+    assert len({tuple(text) for text in changed}) > 0.5 * len(changed)  # of SPM one of the two places shows
 
 
 @pytest.mark.parametrize("level", ["token", "character"])
