@@ -127,6 +127,10 @@ class PrepareArguments:
     mode_tokens: bool = field(
         default=False, metadata={"help": "t5, mt5: add [NLU], [NLG] and [S2S], which run_t5_mlm_flax.py --objective ul2 needs."}
     )
+    fim_tokens: bool = field(
+        default=False,
+        metadata={"help": "gpt2: add <fim_prefix>, <fim_middle> and <fim_suffix>, which run_clm_flax.py --fim_rate needs."},
+    )
     seed: int = field(default=42, metadata={"help": "Draws the max_train_samples rows."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and converted data are kept."})
     token: str | None = field(
@@ -252,10 +256,11 @@ def build_byte_level_bpe(
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    added = FIM_TOKENS * args.fim_tokens
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=args.min_frequency,
-        special_tokens=list(family.special_tokens),
+        special_tokens=[*family.special_tokens, *added],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
@@ -264,7 +269,8 @@ def build_byte_level_bpe(
         tokenizer.model.save(directory)
         # A mask takes in the space before it, as in the published models.
         mask = {"mask_token": AddedToken("<mask>", lstrip=True, normalized=False, special=True)}
-        return family.tokenizer_class.from_pretrained(directory, **(mask if "<mask>" in family.special_tokens else {}))
+        names = (mask if "<mask>" in family.special_tokens else {}) | ({"extra_special_tokens": [*added]} if added else {})
+        return family.tokenizer_class.from_pretrained(directory, **names)
 
 
 def build_wordpiece(sample: TextSample, family: Family, vocab_size: int, args: PrepareArguments) -> PreTrainedTokenizerFast:
@@ -329,6 +335,7 @@ def build_unigram(sample: TextSample, family: Family, vocab_size: int, args: Pre
 
 
 NUM_SENTINELS = 100  # as the published models have
+FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")  # as StarCoder's are called
 MODE_TOKENS = ("[NLU]", "[NLG]", "[S2S]")
 ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -393,6 +400,8 @@ def check_tokenizer_flags(model_type: str, args: PrepareArguments) -> None:
         )
     if args.mode_tokens and build is not build_unigram:
         cli.fail(f"--mode_tokens: only t5 and mt5 are trained with them, not {model_type}")
+    if args.fim_tokens and FAMILIES[model_type].training_script != "run_clm_flax.py":
+        cli.fail(f"--fim_tokens: only causal models are trained with them, not {model_type}")
     if build is build_unigram:
         if args.min_frequency != DEFAULT_MIN_FREQUENCY:
             cli.fail(
@@ -407,8 +416,9 @@ def choose_vocab_size(config: PretrainedConfig, args: PrepareArguments) -> int:
     family = FAMILIES[config.model_type]
     check_tokenizer_flags(config.model_type, args)
     vocab_size = family.vocab_size if args.vocab_size is None else args.vocab_size
-    if vocab_size < family.min_vocab_size:
-        cli.fail(f"--vocab_size {vocab_size}: too small; characters and special tokens alone take {family.min_vocab_size}")
+    least = family.min_vocab_size + len(FIM_TOKENS) * args.fim_tokens
+    if vocab_size < least:
+        cli.fail(f"--vocab_size {vocab_size}: too small; characters and special tokens alone take {least}")
     if "vocab_size" in overridden_fields(args) and config.vocab_size < vocab_size:
         cli.fail(
             f"--config_overrides vocab_size={config.vocab_size}: fewer embeddings than the tokenizer may have ids;"

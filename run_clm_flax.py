@@ -17,13 +17,14 @@ the model learns is in this file, from the flags of the objective to the loop at
 package flaxlm. To make an objective of your own, copy this file and change it.
 """
 
+import copy
 import functools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 try:
     import flaxlm
@@ -54,6 +55,7 @@ from flaxlm import (
     evaluation,
     generation,
     hub,
+    infilling,
     logs,
     losses,
     models,
@@ -84,6 +86,7 @@ class DataTrainingArguments(arguments.DataArguments):
     row_length_flag: ClassVar[str] = "block_size"
     cuts_row_length: ClassVar[bool] = True
     writes_text: ClassVar[bool] = True
+    limits: ClassVar = {"fim_rate": (0, 1), "fim_spm_rate": (0, 1)}
 
     block_size: int | None = field(
         default=None, metadata={"help": "Tokens per row. Unset: what tokenizer and model can take, at most 1024."}
@@ -92,6 +95,26 @@ class DataTrainingArguments(arguments.DataArguments):
     append_eos_token: bool = field(
         default=False, metadata={"help": "End every text with the end-of-sequence token, if the tokenizer does not anyway."}
     )
+    fim_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the training texts that are rearranged as prefix, suffix, middle, so that the model learns to"
+            " fill in the middle too; 0.5 and more are usual. Unset: none."
+        },
+    )
+    fim_spm_rate: float | None = field(
+        default=None, metadata={"help": "fim_rate: share of these with the suffix before the prefix. Unset: 0.5."}
+    )
+    fim_level: Literal["character", "token"] | None = field(
+        default=None,
+        metadata={"help": "fim_rate: cut between characters, also within tokens, or between tokens. Unset: character."},
+    )
+
+    def check(self, model_args: arguments.ModelArguments) -> None:
+        """Refuse impossible settings of the objective before anything is loaded."""
+        for name in ("fim_spm_rate", "fim_level"):
+            if getattr(self, name) is not None and self.fim_rate is None:
+                cli.fail(f"--{name} {getattr(self, name)}: says how texts are rearranged; add --fim_rate or drop the flag")
 
     def adapt_config(self, config: PretrainedConfig, row_length: int) -> None:
         """Classes that are encoders by default look at both sides of a token unless told otherwise."""
@@ -137,10 +160,12 @@ def tokenize_texts(
 
 
 class Collator:
-    """Label each token with the one that follows it (causal language modelling); there is nothing random in it.
+    """Label each token with the one that follows it (causal language modelling); nothing is random without `fim_rate`.
 
     Rows are stretches of the joined texts; the last token of a row has no label, nor has padding, which is -1 here since
-    causal tokenizers often have no padding token.
+    causal tokenizers often have no padding token. With `fim_rate` a share of the texts is rearranged first, for training
+    alone: a text is cut at two random places into prefix P, middle M and suffix S and becomes <fim_prefix> P <fim_suffix> S
+    <fim_middle> M (PSM), or with the share `fim_spm_rate` <fim_prefix> <fim_suffix> S <fim_middle> P M (SPM).
     """
 
     def __init__(
@@ -154,11 +179,23 @@ class Collator:
             cli.fail("--append_eos_token: the tokenizer has no end-of-sequence token; drop the flag or use another tokenizer")
         if max_seq_length < 2:
             cli.fail(f"--block_size {max_seq_length}: must be at least 2, a token and the one that follows it")
+        self.document_attention, self.infilling = data_args.document_attention, None
+        if data_args.fim_rate:
+            spm_rate = 0.5 if data_args.fim_spm_rate is None else data_args.fim_spm_rate
+            self.infilling = infilling.make(tokenizer, data_args.fim_rate, spm_rate, data_args.fim_level or "character")
         # Rows of tokens: their columns with what fills them up, their length, and how text becomes tokens.
-        self.columns = {"input_ids": -1} | ({token_rows.TEXT_STARTS: 0} if data_args.document_attention else {})
+        knows_texts = self.document_attention or self.infilling is not None
+        self.columns = {"input_ids": -1} | ({token_rows.TEXT_STARTS: 0} if knows_texts else {})
         self.row_length, self.line_by_line, self.pad_to = max_seq_length, False, None
         self.tokenize_options = {"append_eos_token": data_args.append_eos_token}
-        self.draws_per_row = 0  # uniform numbers that __call__ needs for a row
+        # Uniform numbers that __call__ needs for a row.
+        self.draws_per_row = infilling.DRAWS_PER_TOKEN * max_seq_length if self.infilling else 0
+
+    def for_evaluation(self) -> "Collator":
+        """The same for texts as they are, so that losses can be compared whatever was trained on."""
+        plain = copy.copy(self)
+        plain.infilling, plain.draws_per_row = None, 0
+        return plain
 
     def __call__(
         self, rows: Mapping[str, np.ndarray], uniforms_NR: np.ndarray, is_real_N: np.ndarray, num_groups: int
@@ -167,19 +204,21 @@ class Collator:
 
         Args:
             rows: `input_ids` int [N, T], -1 where a row is padded; `text_starts` [N, T] if texts are apart, where no token
-                is asked for the first one of another text.
-            uniforms_NR: not used, for want of noise.
+                is asked for the first one of another text, or rearranged.
+            uniforms_NR: float64 [N, R] in [0, 1), by which texts are rearranged.
             is_real_N: bool [N]; rows that only fill up a batch are False and get no label.
             num_groups: not used; rows don't depend on the device they go to.
 
         Returns:
             input_ids, attention_mask, labels int32 [N, T]; label_weights float32 [N, T].
         """
+        if self.infilling:
+            rows = infilling.rearrange(rows, uniforms_NR, self.infilling)
         is_token_NT = rows["input_ids"] >= 0
         input_ids_NT = np.where(is_token_NT, rows["input_ids"], 0).astype(np.int32)
         labels_NT, weights_NT = np.zeros_like(input_ids_NT), np.zeros(input_ids_NT.shape, np.float32)
         labels_NT[:, :-1] = input_ids_NT[:, 1:]
-        texts_NT = token_rows.number_texts(rows, is_token_NT)
+        texts_NT = token_rows.number_texts(rows if self.document_attention else {}, is_token_NT)
         weights_NT[:, :-1] = is_token_NT[:, 1:] & (texts_NT[:, 1:] == texts_NT[:, :-1]) & is_real_N[:, None]
         return {
             "input_ids": input_ids_NT,

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BartConfig, GPT2Config, PretrainedConfig, PreTrainedTokenizerFast, RobertaConfig, T5Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,12 +29,16 @@ OBJECTIVES = {
     "mlm": ("run_mlm_flax", RobertaConfig, {}),
     "mlm, whole words": ("run_mlm_flax", RobertaConfig, {"whole_word_mask": True}),
     "clm": ("run_clm_flax", GPT2Config, {}),
+    "clm, fim of tokens": ("run_clm_flax", GPT2Config, {"fim_rate": 0.5, "fim_level": "token"}),
+    "clm, fim": ("run_clm_flax", GPT2Config, {"fim_rate": 0.5}),
     "t5": ("run_t5_mlm_flax", T5Config, {}),
     "t5, ul2": ("run_t5_mlm_flax", T5Config, {"objective": "ul2"}),
     "bart": ("run_bart_dlm_flax", BartConfig, {}),
 }
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 EXTRA_TOKENS = [*(f"<extra_id_{i}>" for i in reversed(range(100))), "[NLU]", "[NLG]", "[S2S]"]
+CODE = [path.read_text("utf-8") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
+FIM_TOKENS = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>"]
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -59,6 +63,23 @@ def make_rows(columns: dict[str, int], num_rows: int, row_length: int, vocab_siz
     return rows
 
 
+def make_code_tokenizer() -> PreTrainedTokenizerFast:
+    """For noise that reads tokens as text: byte-level, of the standard library, from which its rows come too."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=8192, special_tokens=FIM_TOKENS, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CODE, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def make_code_rows(tokenizer: PreTrainedTokenizerFast, num_rows: int, row_length: int) -> dict[str, np.ndarray]:
+    """Rows of the standard library's text, in texts of about 300 tokens."""
+    ids = np.concatenate([tokenizer.backend_tokenizer.encode(text).ids for text in CODE])
+    rows = {"input_ids": np.resize(ids, (num_rows, row_length)).astype(np.int32)}
+    return rows | {"text_starts": (np.random.default_rng(0).random((num_rows, row_length)) < 1 / 300).astype(np.int32)}
+
+
 def million_tokens_per_second(function: Callable[[], None], num_tokens: int, repeats: int) -> list[float]:
     rates = []
     for _ in range(repeats):
@@ -71,9 +92,14 @@ def million_tokens_per_second(function: Callable[[], None], num_tokens: int, rep
 def measure(module: str, config: PretrainedConfig, flags: dict, args: argparse.Namespace) -> dict[str, list[float]]:
     script, rng = importlib.import_module(module), np.random.default_rng(0)
     config.decoder_start_token_id = SPECIAL_TOKENS.index("<pad>")
-    tokenizer = make_tokenizer(args.vocab_size)
+    reads_text = "fim_rate" in flags
+    tokenizer = make_code_tokenizer() if reads_text else make_tokenizer(args.vocab_size)
     collator = script.Collator(tokenizer, config, script.DataTrainingArguments(**flags), args.seq_length)
-    rows = make_rows(collator.columns, 100 * args.batch_size, collator.row_length, args.vocab_size, rng)
+    num_rows = 100 * args.batch_size
+    if reads_text:
+        rows = make_code_rows(tokenizer, num_rows, collator.row_length)
+    else:
+        rows = make_rows(collator.columns, num_rows, collator.row_length, args.vocab_size, rng)
     first_rows = {name: np.array(array[: args.batch_size]) for name, array in rows.items()}
     is_real, num_tokens = np.ones(args.batch_size, bool), args.batch_size * collator.row_length
 
@@ -97,12 +123,15 @@ def main() -> None:
     parser.add_argument("--seq_length", type=int, default=512, help="tokens per row (t5: per input)")
     parser.add_argument("--vocab_size", type=int, default=32000)
     parser.add_argument("--num_batches", type=int, default=100, help="timed batches of each kind")
+    parser.add_argument("--only", default="", help="objectives whose names begin like that")
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     print(f"{args.batch_size} x {args.seq_length} tokens, one core, numpy {np.__version__}; million tokens per second")
     print(f"{'':18s}{'collate: median':>16s}{'min':>8s}{'max':>8s}{'whole: median':>16s}{'min':>8s}{'max':>8s}")
     for name, (module, config_class, flags) in OBJECTIVES.items():
+        if not name.startswith(args.only):
+            continue
         found = measure(module, config_class(), flags, args)
         cells = [f"{np.median(r):{w}.1f}{min(r):8.1f}{max(r):8.1f}" for w, r in zip((16, 16), found.values(), strict=True)]
         print(f"{name:18s}{''.join(cells)}", flush=True)

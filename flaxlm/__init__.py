@@ -33,6 +33,7 @@ Each module imports only those above it in this list (tests/test_house.py sees t
     weights      fresh or from files, and saved
     text         the splits of a run as datasets
     token_rows   text tokenised, and cut or padded to rows
+    infilling    texts rearranged, so that a model learns to fill in their middle
     streams      text read while training
     corpus       either of the two: the rows of a run
     batches      sizes, order, noise, and on to the devices

@@ -32,6 +32,7 @@ class Evaluator:
         if rows:  # a batch larger than all rows would hold nothing more
             most = mesh.size * math.ceil(len(rows["input_ids"]) / mesh.size)
             plan = dataclasses.replace(plan, eval_batch_size=min(plan.eval_batch_size, most))
+        collator = token_rows.for_evaluation(collator)
         self.rows, self.collator, self.plan, self.seed = rows, collator, plan, seed
         self.mesh, self.p_eval_step, self.eval_metrics = mesh, p_eval_step, eval_metrics
         if rows and not token_rows.gives_labels(rows, collator, self.draw):  # better told now than after hours of training

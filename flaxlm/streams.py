@@ -69,8 +69,11 @@ class TextStream:
             rows[name], left_over[name] = flat[:end].reshape(-1, row_length), flat[end:].tolist()
         return rows, left_over
 
-    def first_rows(self, num_rows: int) -> tuple[TokenRows, int, TextSize]:
-        """The first rows, unshuffled, the number of texts they took and how large these are: what evaluation holds out."""
+    def first_rows(self, num_rows: int) -> tuple[TokenRows, int, TextSize | None]:
+        """The first rows, unshuffled, the number of texts they took and how large these are: what evaluation holds out.
+
+        Of data that is tokenised already there is no text to be measured.
+        """
         texts, carried, num_texts, found, num_bytes = iter(self.open_dataset()), {}, 0, 0, 0
         parts = [{name: np.zeros((0, self.collator.row_length), np.int32) for name in self.collator.columns}]
         while found < num_rows:
@@ -82,8 +85,12 @@ class TextStream:
             part, carried = self.make_rows(batch, carried)
             parts.append(part)
             num_texts, found = num_texts + len(batch), found + len(part["input_ids"])
-            num_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
-        size = TextSize(found * self.collator.row_length + len(carried.get("input_ids", ())), num_bytes)
+            if all(isinstance(text, str) for text in batch) and num_bytes is not None:
+                num_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
+            else:
+                num_bytes = None
+        num_tokens = found * self.collator.row_length + len(carried.get("input_ids", ()))
+        size = None if num_bytes is None else TextSize(num_tokens, num_bytes)
         rows = {name: np.concatenate([part[name] for part in parts])[:num_rows] for name in self.collator.columns}
         return rows, num_texts, size
 
@@ -212,7 +219,8 @@ def read_evaluation_rows(
     if len(found["input_ids"]) < share and split == "train":
         cli.fail(f"--num_eval_samples {wanted}: all the data gives only {len(found['input_ids'])} rows; lower it")
     sizes = processes.gather_json(size)
-    size = None if stream.collator.line_by_line else TextSize(*map(sum, zip(*sizes, strict=True)))
+    is_known = not stream.collator.line_by_line and None not in sizes
+    size = TextSize(*map(sum, zip(*sizes, strict=True))) if is_known else None
     return rows, num_texts, size
 
 

@@ -52,7 +52,15 @@ class Collator(Protocol):
         """Rows, random numbers [rows, draws_per_row] and which rows count, to model inputs and labels."""
 
 
-TEXT_STARTS = "text_starts"  # a column of rows for --document_attention: 1 where a text begins
+def for_evaluation(collator: Collator) -> Collator:
+    """The collator of rows that are evaluated: another one where the script's has such a method, else the same.
+
+    For noise that makes training data, and no task of its own: its loss would tell nothing.
+    """
+    return collator.for_evaluation() if hasattr(collator, "for_evaluation") else collator
+
+
+TEXT_STARTS = "text_starts"  # a column of rows for collators that ask for it: 1 where a text begins
 
 
 def with_text_starts(batch: Mapping[str, list], tokenize_fn: Callable[..., Mapping[str, list]]) -> dict[str, list]:

@@ -291,6 +291,16 @@ def test_t5_with_mode_tokens(few_texts, tmp_path):
     assert {"[NLU]", "[NLG]", "[S2S]"} <= vocab.keys()
 
 
+def test_gpt2_with_fim_tokens(few_texts, tmp_path):
+    """The tokens that --fim_rate needs are single ones, within the size asked for."""
+    tokenizer = AutoTokenizer.from_pretrained(prepare(tmp_path / "out", few_texts, "--fim_tokens", model_type="gpt2"))
+    names = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>"]
+    assert tokenizer.convert_tokens_to_ids(names) == [1, 2, 3]
+    assert tokenizer("".join(names))["input_ids"] == [1, 2, 3]
+    assert set(names) <= set(tokenizer.all_special_tokens)
+    assert len(tokenizer) <= VOCAB_SIZE
+
+
 def test_t5_is_the_base_size_of_its_second_version(few_texts, tmp_path):
     """Entries and embeddings, by default, are those of google/t5-v1_1-base and google/mt5-small too."""
     config = AutoConfig.from_pretrained(prepare(tmp_path / "out", few_texts, model_type="t5"))
@@ -554,6 +564,8 @@ MISTAKES = {
         " characters of this text take 111"),
     "no room for sentinels": ([*TEXT, *T5, "--vocab_size", "100"], "--vocab_size 100: too small"),
     "mode tokens of bert": ([*TEXT, "--model_type", "bert", "--mode_tokens"], "--mode_tokens: only t5 and mt5"),
+    "fim tokens of bert": ([*TEXT, "--model_type", "bert", "--fim_tokens"], "--fim_tokens: only causal models"),
+    "no room for bytes, fim": ([*TEXT, "--model_type", "gpt2", "--fim_tokens", "--vocab_size", "259"], "259: too small"),
     "min_frequency of t5": ([*TEXT, *T5, "--min_frequency", "3"], "--min_frequency 3: has no effect here"),
     "derived": ([*TEXT, *T5, "--config_overrides", "is_gated_act=no"], "is_gated_act: follows from feed_forward_proj"),
     "activation": ([*TEXT, *T5, "--config_overrides", "feed_forward_proj=a-b"], "--config_overrides feed_forward_proj=a-b"),
