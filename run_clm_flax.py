@@ -30,12 +30,12 @@ try:
     import flaxlm
 except ImportError:
     print(
-        f"{Path(__file__).name}: error: needs the package flaxlm 0.4.0: install it, from a clone of its repository with"
+        f"{Path(__file__).name}: error: needs the package flaxlm 0.5.0: install it, from a clone of its repository with"
         " `pip install .`, or copy the folder flaxlm from there beside this script",
         file=sys.stderr,
     )
     raise SystemExit(2) from None
-flaxlm.begin("0.4.0", __file__, as_program=__name__ == "__main__")
+flaxlm.begin("0.5.0", __file__, as_program=__name__ == "__main__")
 
 import flax.linen as nn
 import jax

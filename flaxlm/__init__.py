@@ -64,7 +64,7 @@ import os
 import signal
 import sys
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 # The models are ours: transformers need not say at each start that PyTorch is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
