@@ -182,7 +182,7 @@ def find(name: str) -> Machine:
 def this() -> Machine:
     """The one at hand, with what is known of it."""
     devices = processes.devices()
-    kind, stats = devices[0].device_kind, devices[0].memory_stats() or {}
+    kind, stats = devices[0].device_kind, jax.local_devices()[0].memory_stats() or {}  # those of others don't tell
     if devices[0].platform == "cpu":
         memory, _ = memory_of_cpu()
         return Machine("this", devices, memory and memory // len(devices), {})

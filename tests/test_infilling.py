@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2Tokenizer, PreTrainedTokenizerFast
 
 import run_clm_flax
-from flaxlm import batches, command_line, evaluation, infilling, token_rows
+from flaxlm import batches, command_line, corpus, evaluation, infilling, token_rows
 from tests.test_optimizers import plan_of
 
 EOS, PRE, MID, SUF = range(4)  # of fim_tokenizer
@@ -228,7 +228,8 @@ def test_what_is_evaluated_stays(fim_tokenizer):
     """Batches of the evaluation are those of a run without the flag, and of the same noise."""
     rows = rows_of([[[10, 11, 12, EOS], [13] * 9]] * 6, 12)
     with_fim, without = (make_collator(fim_tokenizer, 12, **flags) for flags in ({"fim_rate": 1.0}, {}))
-    evaluator = evaluation.Evaluator(rows, with_fim, plan_of(), 0, jax.make_mesh((1,), ("data",)), None, None)
+    data = corpus.Corpus(None, rows, None)
+    evaluator = evaluation.Evaluator(data, with_fim, plan_of(), 0, jax.make_mesh((1,), ("data",)), None, None)
     found = list(batches.eval_batches(rows, evaluator.collator, plan_of(), 0))
     expected = list(batches.eval_batches({"input_ids": rows["input_ids"]}, without, plan_of(), 0))
     jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -103,7 +103,7 @@ def test_a_line_tells_how_much_of_the_devices_is_used(extra, gpt2_dir, corpus, m
     total = f"{limit / 2**30:.1f} GiB"
     line = messages_logged[-1]
     assert re.search(rf"gradient norm 1, 50 tokens/s, MFU 50.0%, memory \d\.\d of {total}$", line), line
-    results = log.results(None)
+    results = log.results(2, None)
     assert results["train_mfu"] == pytest.approx(2 / 5)
     assert 0.1 * memory < results["train_memory_gib"] * 2**30 <= 2 * memory
 

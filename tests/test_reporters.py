@@ -105,7 +105,7 @@ def test_all_get_the_same_points(reported, places):
     expected = renamed(read_events(output_dir))
     assert {name for name, _ in expected} == {
         "train/loss", "train/learning_rate", "train/grad_norm", "train/time", "train/tokens_per_second", "train/memory_gib",
-        "eval/loss", "eval/accuracy", "eval/perplexity",
+        "eval/loss", "eval/accuracy", "eval/perplexity", "eval/bits_per_byte",
     }  # fmt: skip
     assert [step for name, step in expected if name == "train/loss"] == [1, 2, 3, 4, 5, 6]
     (records,) = wandb_records(output_dir)
