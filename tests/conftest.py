@@ -218,14 +218,8 @@ def messages_logged(monkeypatch) -> list[str]:
     monkeypatch.setattr(cli.logger, "handlers", [Noting()])
     monkeypatch.setattr(cli.logger, "propagate", False)
     monkeypatch.setattr(cli.logger, "level", logging.INFO)
-    for name in (
-        "flaxlm",
-        "flaxlm.files",
-        "flaxlm.logs",
-        "flaxlm.outputs",
-        "flaxlm.token_rows",
-    ):  # each remembers what it may say
-        logging.getLogger(name)._cache.clear()
+    for name in [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "flaxlm"]:
+        logging.getLogger(name)._cache.clear()  # each remembers what it may say
     return said
 
 
