@@ -422,6 +422,21 @@ def test_a_run_goes_on_with_its_own_stream_only(change, uninterrupted, some_text
     assert "going on would not give what an uninterrupted run gives" in line
 
 
+def test_another_stream_begins_at_its_beginning(uninterrupted, some_text, roberta_dir, tmp_path, capsys):
+    """Where the change is allowed: what has been trained on so far was of the old one, the next step is of the new."""
+    once = back_to(uninterrupted, tmp_path / "once", 2 * SAVE)
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(some_text.read_text("utf-8").splitlines()[1:]) + "\n", "utf-8")
+    allowed = ["--resume_from_checkpoint", "--resume_changes", "train_file"]
+    run(once, roberta_dir, "--train_file", other, *FLAGS, *allowed)
+    assert "The stream of texts is another one: it is read from its beginning." in capsys.readouterr().err
+    where = positions(once)
+    assert (where[3 * SAVE]["epoch"], where[3 * SAVE]["window"]) == (0, 0)
+    old, new = (dict(read_events(path)["train_loss"]) for path in (uninterrupted, once))
+    assert [old[step] for step in range(1, 2 * SAVE + 1)] == [new[step] for step in range(1, 2 * SAVE + 1)]
+    assert old[2 * SAVE + 2] != new[2 * SAVE + 2]
+
+
 def test_formats_give_the_same_rows(uninterrupted, some_text, roberta_dir, byte_level_tokenizer, tmp_path):
     """txt.gz, jsonl with another column in front, a directory of files, what save_to_disk wrote: the same text and rows."""
     lines = some_text.read_text("utf-8").splitlines()
