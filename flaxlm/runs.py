@@ -52,7 +52,7 @@ class Run:
             run.finish()                           # results, model card, the last upload
 
     `step` counts completed updates; `position` is where a stream has been read to; `evaluations` are metrics by step, and
-    `samples` what the model wrote then, of the last evaluation and of those since the last line of the log;
+    `samples` what the model wrote then, of the last evaluation, of the best, and of those since the last line of the log;
     `results` is what train_results.json and eval_results.json say. `script` is the path of the script, for its record.
     """
 
@@ -233,9 +233,14 @@ class Run:
         self.samples = {step: self.samples[step] for step in sorted(kept)} | {self.step: samples}
         for sample in samples:
             cli.logger.info("  %s | %s", *map(generation.in_a_line, sample))
-        self.write("samples.json", {"step": self.step, "samples": [sample._asdict() for sample in samples]})
+        self.write_samples(self.step)
         if points:
             points.add_text(self.step, "samples", generation.markdown(samples))
+
+    def write_samples(self, step: int) -> None:
+        """samples.json: what the model of this step wrote, if that is kept."""
+        if step in self.samples:
+            self.write("samples.json", {"step": step, "samples": [sample._asdict() for sample in self.samples[step]]})
 
     def first_unwritten(self, progress: Mapping[str, Any]) -> int:
         """The first step whose points are struck out if a run goes on from here: those before the last log line stay."""
@@ -296,6 +301,7 @@ class Run:
             cli.logger.warning("The state of the best evaluation, step %s, was not saved.", self.best_step())
         if chosen != self.step:
             self.saver.choose(chosen, self.state.params)
+            self.write_samples(chosen)
         name = selection.metric_name(self.args.training)
         cli.logger.info("The model is that of step %d: %s %.4f", chosen, name[5:], self.evaluations[chosen][name])
         self.results |= {"best_step": chosen}

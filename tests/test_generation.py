@@ -256,6 +256,18 @@ def test_a_resumed_run_writes_the_same(line, tmp_path):
     assert texts_in(tmp_path / "whole") == texts_in(resumed)
 
 
+def test_of_the_best_model(line, tmp_path):
+    """Where that is the model in the end, samples.json and the card have what it wrote, not the last one; resumed too."""
+    flags = ["--learning_rate", 0.5, "--lr_scheduler_type", "constant", "--eval_steps", 2, "--load_best_model_at_end"]
+    run_clm_flax.main(line("clm", tmp_path / "whole", *flags))
+    best = json.loads((tmp_path / "whole" / "train_results.json").read_text())["best_step"]
+    found = json.loads((tmp_path / "whole" / "samples.json").read_text())
+    assert found["step"] == best < 8
+    assert found["samples"][0]["writes"] in (tmp_path / "whole" / "README.md").read_text()
+    run_clm_flax.main(line("clm", tmp_path / "whole", *flags, "--resume_from_checkpoint"))
+    assert json.loads((tmp_path / "whole" / "samples.json").read_text()) == found
+
+
 @pytest.mark.parametrize("objective", RUNS)
 def test_the_same_on_eight_devices(objective, line, tmp_path):
     """Weights on each of them or spread over them, and on one: the same weights write the same."""
