@@ -89,16 +89,8 @@ class PrepareArguments:
         default=None, metadata={"help": "Hub id, or a local directory (data files, or written by save_to_disk); train split."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    train_file: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Training text: txt, csv, tsv, json, jsonl or parquet, also .gz, .bz2 or .xz. Files, patterns, directories "
-            "or addresses (https://, hf://, s3://, gs://), several of them too, all of one format."
-        },
-    )
-    encoding: str | None = field(
-        default=None, metadata={"help": "Encoding of txt, csv, tsv and json files, as Python names it. Unset: UTF-8."}
-    )
+    train_file: list[str] | None = field(default=None, metadata={"help": arguments.TRAIN_FILE_HELP})
+    encoding: str | None = field(default=None, metadata={"help": arguments.ENCODING_HELP})
     text_column_name: str | None = field(
         default=None, metadata={"help": "Column with the text. Unset: 'text' if there is one, else the first text column."}
     )

@@ -234,6 +234,13 @@ class ModelArguments:
     )
 
 
+TRAIN_FILE_HELP = (
+    "Training text: txt, csv, tsv, json, jsonl or parquet, also .gz, .bz2 or .xz. Files, patterns, directories or addresses "
+    "(https://, hf://, s3://, gs://), several of them too, all of one format."
+)
+ENCODING_HELP = "Encoding of txt, csv, tsv and json files, as Python names it. Unset: UTF-8."
+
+
 @dataclass
 class DataArguments:
     """Which text to train on. An objective adds its own flags, and may override the methods."""
@@ -252,17 +259,9 @@ class DataArguments:
     data_dir: str | None = field(default=None, metadata={"help": "Directory within the dataset to take data files from."})
     train_split_name: str | None = field(default=None, metadata={"help": "Split of the dataset to train on. Unset: train."})
     eval_split_name: str | None = field(default=None, metadata={"help": "Split to evaluate. Unset: validation, else held out."})
-    train_file: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Training text: txt, csv, tsv, json, jsonl or parquet, also .gz, .bz2 or .xz. Files, patterns, directories "
-            "or addresses (https://, hf://, s3://, gs://), several of them too, all of one format."
-        },
-    )
+    train_file: list[str] | None = field(default=None, metadata={"help": TRAIN_FILE_HELP})
     validation_file: list[str] | None = field(default=None, metadata={"help": "Evaluation text, named as for train_file."})
-    encoding: str | None = field(
-        default=None, metadata={"help": "Encoding of txt, csv, tsv and json files, as Python names it. Unset: UTF-8."}
-    )
+    encoding: str | None = field(default=None, metadata={"help": ENCODING_HELP})
     mixture_file: str | None = field(
         default=None,
         metadata={"help": "JSON or YAML file that maps names to corpora, each with a weight, to train on them together."},

@@ -189,7 +189,8 @@ class Run:
         """After this step? What is evaluated already is not due; nor is the last save, which `training` makes."""
         training_args = self.args.training
         if what == "save":
-            is_best = training_args.load_best_model_at_end and self.step == self.best_step()
+            may_be_best = training_args.load_best_model_at_end and self.step in self.evaluations
+            is_best = may_be_best and self.step == self.best_step()
             return (self.step % training_args.save_steps == 0 or is_best) and self.step < self.plan.num_steps
         if not training_args.do_eval or self.step in self.evaluations:
             return False
@@ -202,7 +203,7 @@ class Run:
 
     def is_over(self) -> bool:
         """Have evaluations stopped getting better, as far as --early_stopping_patience goes?"""
-        return selection.should_stop(self.args.training, self.evaluations)
+        return self.step in self.evaluations and selection.should_stop(self.args.training, self.evaluations)
 
     def best_step(self) -> int | None:
         """The step of the best evaluation so far."""
