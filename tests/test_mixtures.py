@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import yaml
 from transformers import AutoConfig, AutoTokenizer
 
 import run_bart_dlm_flax
@@ -281,6 +282,21 @@ def prepare(request, tmp_path):
         return corpus.prepare(args, tokenize_fn, collator), collator
 
     return call
+
+
+@BOTH
+def test_the_size_of_what_is_evaluated(streaming, prepare, data, tmp_path):
+    """For bits per byte: each corpus counts by the rows that are evaluated of it, at its own bytes per token."""
+    whole, _ = prepare("--mixture_file", data / "mixture.yaml", module=run_clm_flax, streaming=streaming)
+    expected_bytes = 0.0
+    for name, entry in yaml.safe_load((data / "mixture.yaml").read_text()).items():
+        write(tmp_path / f"{name}.json", {name: {**entry, "weight": 1}})
+        alone, _ = prepare("--mixture_file", tmp_path / f"{name}.json", module=run_clm_flax, streaming=streaming)
+        is_of_it = (whole.validation["input_ids"][:, None] == alone.validation["input_ids"][None]).all(-1).any(-1)
+        size = alone.validation_text
+        expected_bytes += is_of_it.sum() * 32 * size.num_bytes / size.num_tokens
+    assert whole.validation_text.num_tokens == whole.validation["input_ids"].size
+    assert whole.validation_text.num_bytes == pytest.approx(expected_bytes, rel=0.05 if streaming else 1e-3)
 
 
 @BOTH
