@@ -69,7 +69,8 @@ def plain_reason(error: Exception, options: Mapping[str, Any]) -> str:
         return f"{REFUSALS[status]} (HTTP {status})"
     advice = " unless --trust_remote_code is added" if "custom code" in reason and "trust_remote_code" in options else ""
     replacement = next((LEADS_ASTRAY[part] + advice for part in LEADS_ASTRAY if re.search(part, reason)), None)
-    return replacement or (f"{reason} (HTTP {status})" if status and str(status) not in reason else reason)
+    says_it = status is None or re.search(rf"\b{status}\b", reason)  # a port, 42923, has a 429 too
+    return replacement or (reason if says_it else f"{reason} (HTTP {status})")
 
 
 def read_json_object(path: str) -> tuple[dict[str, Any], str | None]:

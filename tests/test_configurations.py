@@ -4,12 +4,14 @@
 import json
 import math
 
+import httpx2
 import pytest
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import _http
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from flaxlm import arguments, configurations, models
+from flaxlm import arguments, configurations, models, repositories
 from tests.conftest import TINY
 from tests.hub_server import serve
 
@@ -394,6 +396,14 @@ def test_a_hub_in_trouble(status, hub, refuses, monkeypatch):
     hub.fail("HEAD", "/resolve/", status, times=1000)
     with refuses(rf"^--config_name tester/model: no configuration can be loaded: .* \(HTTP {status}\)$"):
         load(config_name="tester/model", token="hf_good")
+
+
+def test_the_number_of_a_status_in_an_address_is_not_the_status():
+    request = httpx2.Request("GET", "http://127.0.0.1:42923")
+    error = OSError("We couldn't connect to 'http://127.0.0.1:42923' to load the files.")
+    error.__cause__ = HfHubHTTPError("429 Too Many Requests", response=httpx2.Response(429, request=request))
+    assert repositories.plain_reason(error, {}).endswith("load the files. (HTTP 429)")
+    assert repositories.plain_reason(error.__cause__, {}) == "429 Too Many Requests"
 
 
 def test_a_hub_that_answers_with_something_else(hub, load_pushed, refuses):
