@@ -38,7 +38,7 @@ flaxlm.begin("0.5.0", __file__, as_program=__name__ == "__main__")
 
 import datasets
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     CONFIG_MAPPING,
     BertTokenizer,
@@ -76,7 +76,7 @@ class PrepareArguments:
         metadata={"help": "Write into a non-empty output_dir, replacing its tokenizer and configuration."},
     )
     model_type: str | None = field(
-        default=None, metadata={"help": "roberta, bert, gpt2, bart, t5 or mt5. Unset: the type of config_name."}
+        default=None, metadata={"help": "roberta, bert, modernbert, gpt2, bart, t5 or mt5. Unset: the type of config_name."}
     )
     config_name: str | None = field(
         default=None,
@@ -246,23 +246,39 @@ def build_byte_level_bpe(
 
     Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2.
     """
+    added = FIM_TOKENS * args.fim_tokens
+    tokenizer = train_byte_level_bpe(sample, [*family.special_tokens, *added], vocab_size, args.min_frequency)
+    names: dict[str, Any] = {"extra_special_tokens": [*added]} if added else {}
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.model.save(directory)
+        if "<mask>" in family.special_tokens:
+            names["mask_token"] = AddedToken("<mask>", lstrip=True, normalized=False, special=True)
+        return family.tokenizer_class.from_pretrained(directory, **names)
+
+
+def build_bert_bpe(sample: TextSample, family: Family, vocab_size: int, args: PrepareArguments) -> PreTrainedTokenizerFast:
+    """The same with BERT's special tokens around texts, as ModernBERT has it (Warner et al. 2024, arXiv:2412.13663)."""
+    tokenizer = train_byte_level_bpe(sample, family.special_tokens, vocab_size, args.min_frequency)
+    tokenizer.decoder = decoders.ByteLevel()
+    ids = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", ids)
+    named = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), BERT_TOKENS, strict=True))
+    return family.tokenizer_class(tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"], **named)
+
+
+def train_byte_level_bpe(sample: TextSample, special_tokens: Sequence[str], vocab_size: int, min_frequency: int) -> Tokenizer:
+    """A tokenizer of UTF-8 bytes; special tokens have the first ids, and a mask takes in the space before it, as published."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    added = FIM_TOKENS * args.fim_tokens
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=args.min_frequency,
-        special_tokens=[*family.special_tokens, *added],
+        min_frequency=min_frequency,
+        special_tokens=[AddedToken(t, lstrip="mask" in t.lower(), normalized=False, special=True) for t in special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(sample, trainer, length=len(sample))
-    with tempfile.TemporaryDirectory() as directory:
-        tokenizer.model.save(directory)
-        # A mask takes in the space before it, as in the published models.
-        mask = {"mask_token": AddedToken("<mask>", lstrip=True, normalized=False, special=True)}
-        names = (mask if "<mask>" in family.special_tokens else {}) | ({"extra_special_tokens": [*added]} if added else {})
-        return family.tokenizer_class.from_pretrained(directory, **names)
+    return tokenizer
 
 
 def build_wordpiece(sample: TextSample, family: Family, vocab_size: int, args: PrepareArguments) -> PreTrainedTokenizerFast:
@@ -331,6 +347,10 @@ FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")  # as StarCoder's 
 MODE_TOKENS = ("[NLU]", "[NLG]", "[S2S]")
 ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MODERNBERT_IDS = {
+    "bos_token_id": "cls_token_id", "eos_token_id": "sep_token_id",
+    "cls_token_id": "cls_token_id", "sep_token_id": "sep_token_id",
+}  # fmt: skip
 BART_IDS = {"decoder_start_token_id": "eos_token_id", "forced_eos_token_id": "eos_token_id"}
 T5_TOKENS = ("<pad>", "</s>", "<unk>")
 T5_IDS = {"decoder_start_token_id": "pad_token_id"}
@@ -342,6 +362,9 @@ T5_V1_1_BASE = {
 FAMILIES = {
     "roberta": Family(build_byte_level_bpe, RobertaTokenizer, ROBERTA_TOKENS, 50265, 256 + 5, "run_mlm_flax.py"),
     "bert": Family(build_wordpiece, BertTokenizer, BERT_TOKENS, 30522, 5 + 1, "run_mlm_flax.py"),
+    "modernbert": Family(
+        build_bert_bpe, PreTrainedTokenizerFast, BERT_TOKENS, 50368, 256 + 5, "run_mlm_flax.py", MODERNBERT_IDS
+    ),
     "gpt2": Family(build_byte_level_bpe, GPT2Tokenizer, ("<|endoftext|>",), 50257, 256 + 1, "run_clm_flax.py"),
     "bart": Family(
         build_byte_level_bpe, RobertaTokenizer, ROBERTA_TOKENS, 50265, 256 + 5, "run_bart_dlm_flax.py", BART_IDS
@@ -386,7 +409,7 @@ def overridden_fields(args: PrepareArguments) -> set[str]:
 def check_tokenizer_flags(model_type: str, args: PrepareArguments) -> None:
     """Refuse flags that this kind of tokenizer has no use for, and a script that was copied without what it needs."""
     build = FAMILIES[model_type].build_tokenizer
-    if args.lowercase and build is build_byte_level_bpe:
+    if args.lowercase and build in (build_byte_level_bpe, build_bert_bpe):
         cli.fail(
             f"--lowercase: {model_type} tokenizers give text back unchanged; only bert, t5 and mt5 have a form without case"
         )

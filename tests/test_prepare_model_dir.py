@@ -23,6 +23,7 @@ from transformers import (
     BartConfig,
     BertConfig,
     GPT2Config,
+    ModernBertConfig,
     MT5Config,
     RobertaConfig,
     T5Config,
@@ -33,7 +34,7 @@ from flaxlm import arguments, tokenization
 from prepare_model_dir import FAMILIES
 from tests.conftest import ROOT
 
-BYTE_LEVEL = ("roberta", "gpt2", "bart")
+BYTE_LEVEL = ("roberta", "modernbert", "gpt2", "bart")
 UNIGRAM = ("t5", "mt5")
 VOCAB_SIZE = 700  # no multiple of 64
 POSITIONS = 66
@@ -99,7 +100,7 @@ def test_special_tokens_surround_texts(family):
     single, pair = {
         "roberta": ([bos, *first, eos], [bos, *first, eos, eos, *second, eos]),
         "bart": ([bos, *first, eos], [bos, *first, eos, eos, *second, eos]),
-        "bert": ([cls, *first, sep], [cls, *first, sep, *second, sep]),
+        **dict.fromkeys(("bert", "modernbert"), ([cls, *first, sep], [cls, *first, sep, *second, sep])),
         "gpt2": (first, first + second),
         **dict.fromkeys(UNIGRAM, ([*first, eos], [*first, eos, *second, eos])),
     }[name]
@@ -113,8 +114,8 @@ def test_special_ids_are_those_of_the_published_models(family):
     name, path = family
     vocabulary = AutoTokenizer.from_pretrained(path).get_vocab()
     first = sorted(vocabulary, key=vocabulary.get)[:5]
-    roberta = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    expected = {"roberta": roberta, "bart": roberta, "bert": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]}
+    roberta, bert = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    expected = {"roberta": roberta, "bart": roberta, "bert": bert, "modernbert": bert}
     assert first == expected.get(name, first)
     assert first[:3] == ["<pad>", "</s>", "<unk>"] or name not in UNIGRAM
     assert first[0] == "<|endoftext|>" or name != "gpt2"
@@ -184,7 +185,7 @@ def test_the_vocabulary_was_learned_from_the_text(family, texts):
     assert sum(map(len, tokenizer(texts[:50]).input_ids)) < 0.6 * sum(map(len, texts[:50]))
 
 
-@pytest.mark.parametrize("name", ("roberta", "bart", "bert"))
+@pytest.mark.parametrize("name", ("roberta", "bart", "bert", "modernbert"))
 def test_a_mask_takes_the_place_of_a_word(model_dirs, name):
     """<mask> takes in the space before it, as in the published models; [MASK] stands between words that are apart anyway."""
     tokenizer = AutoTokenizer.from_pretrained(model_dirs[name])
@@ -220,12 +221,13 @@ def test_the_configuration_fits_the_tokenizer(family):
     name, path = family
     tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
     classes = {"roberta": RobertaConfig, "bert": BertConfig, "gpt2": GPT2Config, "bart": BartConfig}
-    assert type(config) is (classes | {"t5": T5Config, "mt5": MT5Config})[name]
+    assert type(config) is (classes | {"t5": T5Config, "mt5": MT5Config, "modernbert": ModernBertConfig})[name]
     assert config.vocab_size == 704
     assert config.hidden_size == 32
     assert config.hidden_size % config.num_attention_heads == 0
+    around = {"bos_token_id": "cls_token_id", "eos_token_id": "sep_token_id"} if name == "modernbert" else {}
     for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        assert getattr(config, field) == getattr(tokenizer, field)
+        assert getattr(config, field) == getattr(tokenizer, around.get(field, field))
     written = json.loads((path / "config.json").read_text("utf-8"))
     assert "architectures" not in written
 
@@ -238,6 +240,7 @@ def test_configuration_ids_of_each_type(model_dirs):
     assert ids == {
         "roberta": three,
         "bert": none | {"pad_token_id": 0},
+        "modernbert": {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3},
         "gpt2": none | {"bos_token_id": 0, "eos_token_id": 0},
         "bart": three | {"decoder_start_token_id": 2, "forced_eos_token_id": 2},
         **{key: none | {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1} for key in UNIGRAM},
@@ -522,8 +525,8 @@ MISTAKES = {
     "surplus fields in a dataset": ([*ROBERTA, "--dataset_name", "surplus"], "read as csv: row 1 (line 2) has 2 fields"),
     "dataset unreachable": ([*ROBERTA, "--dataset_name", "nobody/none"], "--dataset_name nobody/none: cannot be loaded"),
     "dataset part alone": ([*ROBERTA, *TEXT, "--dataset_config_name", "x"], "--dataset_config_name"),
-    "no type": (TEXT, "--model_type (roberta, bert, gpt2, bart, t5, mt5) or --config_name"),
-    "type unknown": ([*TEXT, "--model_type", "rnn"], "--model_type rnn: not supported; choose roberta, bert, gpt2, bart"),
+    "no type": (TEXT, "--model_type (roberta, bert, modernbert, gpt2, bart, t5, mt5) or --config_name"),
+    "type unknown": ([*TEXT, "--model_type", "rnn"], "--model_type rnn: not supported; choose roberta, bert, modernbert"),
     "type known elsewhere": ([*TEXT, "--model_type", "llama"], "--model_type llama: not supported"),
     "config unreachable": ([*TEXT, "--config_name", "nobody/none"], "--config_name nobody/none: no configuration"),
     "config of no such type": ([*TEXT, "--config_name", "llama"], "--config_name llama: type llama is not supported"),
