@@ -95,10 +95,10 @@ def judge_pairs(trained: measures.Trained) -> None:
     rows, tokenizer = trained.data.validation, trained.tokenizer
     lengths = (rows["input_ids"] != tokenizer.pad_token_id).sum(axis=1)
     chosen = []
+    is_short = lengths <= np.median(lengths)
     for label in (0, 1):
-        chosen += list(
-            measures.evenly(np.flatnonzero((rows["next_sentence_label"][:, 0] == label) & (lengths < 40)), NUM_PAIRS // 2)
-        )
+        of_kind = np.flatnonzero(is_short & (rows["next_sentence_label"][:, 0] == label))
+        chosen += list(measures.evenly(of_kind, NUM_PAIRS // 2))
     ids, types = rows["input_ids"][chosen], rows["token_type_ids"][chosen]
     is_token = (ids != tokenizer.pad_token_id).astype(np.int32)
     variables = {"params": trained.params}
@@ -115,7 +115,7 @@ def judge_pairs(trained: measures.Trained) -> None:
 
 
 def main() -> None:
-    args = measures.parse(__doc__.splitlines()[0])
+    args = measures.begin(__doc__.splitlines()[0])
     trained = measures.load(args.model_dir, args.corpus_dir)
     found = measures.find(trained)
     measures.show(found)

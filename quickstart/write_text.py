@@ -118,7 +118,7 @@ def show_parts(tokenizer: PreTrainedTokenizerBase, parts: Parts, gap: str | None
 
 
 def main() -> None:
-    args = measures.parse(__doc__.splitlines()[0])
+    args = measures.begin(__doc__.splitlines()[0])
     trained = measures.load(args.model_dir, args.corpus_dir)
     found = measures.find(trained)
     measures.show(found)
