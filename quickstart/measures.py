@@ -235,6 +235,7 @@ def begin(description: str) -> argparse.Namespace:
     parser.add_argument("--model_dir", type=Path, required=True, help="output_dir of a training script")
     parser.add_argument("--corpus_dir", type=Path, required=True, help="directory with train.txt and validation.txt")
     parser.add_argument("--results_file", type=Path, help="JSON file to write the measures to; unset: they are only shown")
+    cli.set_up_logging()
     cli.logger.setLevel(logging.WARNING)
     datasets.disable_progress_bars()
     return parser.parse_args()

@@ -45,10 +45,12 @@ def continue_paragraphs(trained: measures.Trained, paragraphs: Sequence[str]) ->
     """Print beginnings of paragraphs and what the model makes of them, drawn at random with low temperature."""
     tokenizer = trained.tokenizer
     begun = [" ".join(paragraph.split()[:PROMPT_WORDS]) for paragraph in paragraphs]
-    prompts = generation.encode_to_continue(begun, tokenizer, trained.collator.row_length, NEW_TOKENS)
-    written = write(trained, prompts, NEW_TOKENS, temperature=0.6)
+    prompts = tokenizer(begun, verbose=False)["input_ids"]
+    end = generation.end_of_text(tokenizer)
+    prompts = [ids[:-1] if ids[-1] == end else ids for ids in prompts]
+    written = write(trained, generation.Prompts(prompts), NEW_TOKENS, temperature=0.6)
     print("\nHow it goes on, behind the bar, from the beginnings of paragraphs that were held out:")
-    for beginning, prompt, ids in zip(begun, prompts.begun, written, strict=True):
+    for beginning, prompt, ids in zip(begun, prompts, written, strict=True):
         text = generation.decode_behind(tokenizer, prompt, ids)
         print(f"\n  {beginning} |{' ' * text.startswith(' ')}{' '.join(text.split())}")
 
