@@ -245,17 +245,8 @@ class Collator:
         """
         in_row_NT = rows["input_ids"] >= 0
         labels_NT = np.where(in_row_NT, rows["input_ids"], self.pad_token_id).astype(np.int32)
-        N, T = labels_NT.shape
-        draws_5NT = np.moveaxis(uniforms_NR[:, 1 : 1 + 5 * T].reshape(N, 5, T), 1, 0)
-        is_text_NT = in_row_NT & ~self.is_special_V[labels_NT]
-
         texts_NT = token_rows.number_texts(rows, in_row_NT)
-        input_ids_NT, attention_mask_NT = labels_NT, texts_NT
-        if self.permute_sentence_ratio > 0:
-            input_ids_NT = self.permute(input_ids_NT, is_text_NT, texts_NT, rows["sentence_starts"] != 0, draws_5NT[0])
-        if self.mlm_probability > 0:
-            draws = uniforms_NR[:, 0], draws_5NT[1:]
-            input_ids_NT, attention_mask_NT = self.infill(input_ids_NT, is_text_NT, texts_NT, *draws)
+        input_ids_NT, attention_mask_NT = self.noise(rows, uniforms_NR, labels_NT, self.mask_token_id, self.pad_token_id)
         decoder_input_ids_NT = np.full_like(labels_NT, self.decoder_start_token_id)
         same_text_NT = (texts_NT[:, 1:] == texts_NT[:, :-1]) | ~in_row_NT[:, 1:]
         decoder_input_ids_NT[:, 1:][same_text_NT] = labels_NT[:, :-1][same_text_NT]
@@ -268,9 +259,28 @@ class Collator:
             "label_weights": (in_row_NT & is_real_N[:, None]).astype(np.float32),
         }
 
+    def noise(
+        self, rows: Mapping[str, np.ndarray], uniforms_NR: np.ndarray, values_NT: np.ndarray, mask: int, padding: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rearrange `values_NT` as the noise does the tokens of the rows: their ids, or their positions, to see what it did.
+
+        Returns the values with `mask` for each span, then `padding`, int32 [N, T]; and which texts they are of.
+        """
+        in_row_NT = rows["input_ids"] >= 0
+        N, T = in_row_NT.shape
+        draws_5NT = np.moveaxis(uniforms_NR[:, 1 : 1 + 5 * T].reshape(N, 5, T), 1, 0)
+        is_text_NT = in_row_NT & ~self.is_special_V[np.where(in_row_NT, rows["input_ids"], self.pad_token_id)]
+        texts_NT = noised_texts_NT = token_rows.number_texts(rows, in_row_NT)
+        if self.permute_sentence_ratio > 0:
+            values_NT = self.permute(values_NT, is_text_NT, texts_NT, rows["sentence_starts"] != 0, draws_5NT[0])
+        if self.mlm_probability > 0:
+            draws = uniforms_NR[:, 0], draws_5NT[1:]
+            values_NT, noised_texts_NT = self.infill(values_NT, is_text_NT, texts_NT, *draws, mask, padding)
+        return values_NT, noised_texts_NT
+
     def permute(
         self,
-        input_ids_NT: np.ndarray,
+        values_NT: np.ndarray,
         is_text_NT: np.ndarray,
         texts_NT: np.ndarray,
         starts_NT: np.ndarray,
@@ -302,23 +312,25 @@ class Collator:
         size_G = size_G[stretch_G]
         shift_G = first_G[stretch_G] - (np.cumsum(size_G) - size_G)
         source = np.repeat(shift_G, size_G) + np.arange(begins_NT.size)
-        return input_ids_NT.reshape(-1)[source].reshape(input_ids_NT.shape)
+        return values_NT.reshape(-1)[source].reshape(values_NT.shape)
 
     def infill(
         self,
-        input_ids_NT: np.ndarray,
+        values_NT: np.ndarray,
         is_text_NT: np.ndarray,
         texts_NT: np.ndarray,
         rounding_N: np.ndarray,
         draws_4NT: np.ndarray,
+        mask: int,
+        padding: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Replace each span of text by one mask token; returns the rows, packed to the left, and which texts they are of.
+        """Replace each span of text by one `mask`; returns the rows, packed to the left, and which texts they are of.
 
         Span lengths are Poisson. Spans of tokens take exactly the share asked for (the last one is cut, the share is rounded
         at random), do not overlap, and every arrangement is equally likely; a span across a border of documents is two.
         Empty spans, as many as a Poisson distribution has, insert a mask before any token or span, while there is room.
         """
-        N, T = input_ids_NT.shape
+        N, T = values_NT.shape
         lengths_NT, places_NT, empty_NT, empty_places_NT = draws_4NT
         num_text_N = is_text_NT.sum(axis=1)
         budget_N = np.minimum(np.floor(self.mlm_probability * num_text_N + rounding_N).astype(np.int64), num_text_N)
@@ -358,9 +370,9 @@ class Collator:
 
         end_NT = np.cumsum(num_out_NT, axis=1)
         is_noised_NT = np.arange(T) < end_NT[:, -1:]
-        noised_NT = np.where(is_noised_NT, self.mask_token_id, self.pad_token_id).astype(np.int32)
+        noised_NT = np.where(is_noised_NT, mask, padding).astype(np.int32)
         flat_place_NT = end_NT - 1 + T * np.arange(N)[:, None]
-        noised_NT.reshape(-1)[flat_place_NT[is_kept_NT]] = input_ids_NT[is_kept_NT]
+        noised_NT.reshape(-1)[flat_place_NT[is_kept_NT]] = values_NT[is_kept_NT]
         noised_texts_NT = np.zeros_like(texts_NT)
         noised_texts_NT[is_noised_NT] = np.repeat(texts_NT.reshape(-1), num_out_NT.reshape(-1))
         return noised_NT, noised_texts_NT
