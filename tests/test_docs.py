@@ -2,8 +2,10 @@
 """What README and docs/ say can be done."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,30 @@ def test_tables_of_model_types_are_complete():
         assert not item.types or set(types.split(", ")) == set(item.types) or types == "the same", item.field
         values = {json.dumps(value) for value in item.same if value is not None}
         assert values == set(re.findall("`(.*?)`", takes)), item.field
+
+
+def test_make_help_tells_every_target():
+    """One line each, in the order of the Makefile; plain `make` prints the same and builds nothing."""
+    makefile = (ROOT / "Makefile").read_text()
+    targets = [name for names in re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE) for name in names.split()]
+    assert len(targets) > 15
+    for command in (["make", "help"], ["make"]):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        _, *lines = done.stdout.splitlines()
+        told = [line.split(maxsplit=1) for line in lines]
+        assert sorted(name for name, _ in told) == sorted(targets)
+        assert all(text[0].islower() and len(line) <= 160 for (_, text), line in zip(told, lines, strict=True))
+
+
+def test_plain_commands_are_those_of_make_quickstart():
+    """Who has no make reads them in README.md: the same, in the same order."""
+    recipe = re.search(r"^quickstart: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    made = [line.replace("$(RUN)", "python").replace("$(BUILD)", "quickstart/build").split() for line in recipe.splitlines()]
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    (plain,) = [block for block in blocks if "-m venv" in block]
+    environment, libraries, *commands = plain.splitlines()
+    assert environment == "python3 -m venv .venv && . .venv/bin/activate"
+    assert libraries == "python -m pip install -r requirements.txt"
+    assert [shlex.split(command) for command in commands] == made
