@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What README and docs/ say can be done."""
 
+import itertools
 import json
 import os
 import re
@@ -14,18 +15,57 @@ from flaxlm import arguments, cli
 from flaxlm.models import fields
 from tests.conftest import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "train.sbatch"]
 ALL_PAGES = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+OPERATORS = {"&&", "||", "|", "&", ";", ">", "2>&1"}  # between commands, or behind one
+
+
+def blocks_of(page: Path) -> list[str]:
+    """The fenced blocks of a page, cells of notebooks without their ! and %; of a batch file the commands in its comment."""
+    text = page.read_text("utf-8")
+    if page.suffix == ".sbatch":
+        return ["\n".join(re.findall(r"^#     (.*)$", text, re.MULTILINE))]
+    return [
+        re.sub(r"^[!%]", "", block, flags=re.MULTILINE) for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
+    ]
 
 
 def commands_in(page: Path) -> list[list[str]]:
-    """The commands in the fenced blocks of a page, joined at backslashes, with shell arrays filled in."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
-    text = "\n".join(blocks).replace("\\\n", " ")
+    """The commands of a page, joined at backslashes, with shell arrays filled in; those for another machine too."""
+    text = "\n".join(blocks_of(page)).replace("\\\n", " ")
     arrays = dict(re.findall(r"^([A-Z]+)=\((.*?)\)$", text, re.DOTALL | re.MULTILINE))
     text = re.sub(r"^[A-Z]+=\(.*?\)$", "", text, flags=re.DOTALL | re.MULTILINE)
-    lines = re.sub(r'"\$\{([A-Z]+)\[@\]\}"', lambda name: " ".join(arrays[name[1]].split()), text).splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.strip() and not line.strip().startswith("#")]
+    return split(re.sub(r'"\$\{([A-Z]+)\[@\]\}"', lambda name: " ".join(arrays[name[1]].split()), text))
+
+
+def split(text: str) -> list[list[str]]:
+    """Commands as lists of words; of `ssh ... --command="..."` also the commands that it gives."""
+    commands, begun = [], ""
+    for line in text.splitlines():
+        begun += line + "\n"
+        try:
+            words = shlex.split(begun, comments=True)
+        except ValueError:  # goes on in the next line
+            continue
+        begun = ""
+        for is_operator, group in itertools.groupby(words, OPERATORS.__contains__):
+            commands += [] if is_operator else [list(group)]
+        commands += [command for word in words if word.startswith("--command=") for command in split(word.partition("=")[2])]
+    assert not begun, begun
+    return commands
+
+
+def script_and_flags(command: list[str]) -> list[str]:
+    """What of a command comes behind the name of Python: a script and its flags; [] if that is not what it runs."""
+    words = list(itertools.dropwhile(lambda word: re.fullmatch(r"[A-Z_]+=.*", word), command))
+    if words[:1] == ["sbatch"]:
+        (place,) = [i for i, word in enumerate(words) if word.endswith(".sbatch")]
+        assert (ROOT / words[place]).exists(), command
+        return words[place + 1 :]
+    if words and words[0] in ("timeout", "nohup"):
+        words = list(itertools.dropwhile(lambda word: not word.endswith("python"), words))
+    is_script = len(words) > 1 and Path(words[0]).name in ("python", "python3") and words[1].endswith(".py")
+    return words[1:] if is_script else []
 
 
 def parser_of(script: str) -> cli.ScriptArgumentParser:
@@ -44,14 +84,11 @@ def test_commands_parse(page):
     for command in commands_in(page):
         if command[0] == "make":
             assert {word for word in command[1:] if "=" not in word} <= targets, command
-        words = [word for word in command if not re.fullmatch(r"[A-Z_]+=.*", word)]
-        words = words[words.index("python") :] if words[0] == "timeout" else words
-        if words[0] not in ("python", "python3") or not words[1].endswith(".py"):
+        script, *flags = script_and_flags(command) or [""]
+        assert not script or (ROOT / script).exists(), command
+        if not script or "/" in script or script.startswith("t5_"):
             continue
-        assert (ROOT / words[1]).exists(), command
-        if "/" in words[1] or words[1].startswith("t5_"):
-            continue
-        parser, flags = parser_of(words[1]), words[2:]
+        parser = parser_of(script)
         if flags and flags[0].endswith(".json"):
             assert set(json.loads((ROOT / flags[0]).read_text())) <= {action.dest for action in parser._actions}
             flags[:1] = ["--output_dir", "x"]
@@ -59,8 +96,20 @@ def test_commands_parse(page):
 
 
 def test_commands_are_found():
-    assert sum(command[0] == "python" for page in PAGES for command in commands_in(page)) > 5
+    def number(path: str) -> int:
+        return sum(bool(script_and_flags(command)) for command in commands_in(ROOT / path))
+
+    assert number("README.md") > 5
+    for machine in ("tpu.md", "gpu.md", "slurm.md", "kaggle-and-colab.md", "train.sbatch"):
+        assert number(f"docs/{machine}") >= 2, machine
     assert ["make", "quickstart"] in commands_in(ROOT / "README.md")
+
+
+@ALL_PAGES
+def test_blocks_are_shell(page):
+    for block in blocks_of(page):
+        done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), block
 
 
 @ALL_PAGES
