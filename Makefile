@@ -4,11 +4,19 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 BUILD := quickstart/build
+.DEFAULT_GOAL := help
 
 # Large arrays in huge pages: on Linux CPUs a training step spends up to a third of its time on page faults without.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
 .PHONY: quickstart quickstart-clm quickstart-t5 quickstart-bart quickstart-nsp test test-torch test-oldest test-compile test-faults bench bench-compile bench-vocab-head bench-host-pipeline bench-preprocessing bench-first-step style check-style clean
+
+## help: this list
+.PHONY: help
+help:
+	@echo "make TARGET, where TARGET is:"
+	@sed -n 's/^## \([a-z0-9-]*\): \(.*\)/\1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
+		while read -r target text; do printf '  %-20s %s\n' "$$target" "$$text"; done
 
 $(VENV)/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -35,7 +43,9 @@ quickstart: $(VENV)/runtime
 	$(RUN) run_mlm_flax.py quickstart/mlm.json --overwrite_output_dir
 	$(RUN) quickstart/fill_mask.py --model_dir $(BUILD)/mlm --corpus_dir $(BUILD)/corpus
 
-## quickstart-clm, quickstart-t5, quickstart-bart: the same for the other objectives, ending with text that the model writes
+## quickstart-clm: the same for a GPT-2, which goes on from the beginning of a paragraph
+## quickstart-t5: the same for a T5, which fills gaps in
+## quickstart-bart: the same for a BART, which puts damaged text right
 SCRIPT_clm := run_clm_flax.py
 SCRIPT_t5 := run_t5_mlm_flax.py
 SCRIPT_bart := run_bart_dlm_flax.py
@@ -119,9 +129,11 @@ style: $(VENV)/development
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
+## check-style: what `make style` would change, and what it cannot
 check-style: $(VENV)/development
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 
+## clean: remove what the other targets made: environments and quick starts
 clean:
 	rm -rf $(VENV) $(OLDEST) $(BUILD)

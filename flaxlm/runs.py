@@ -280,10 +280,12 @@ class Run:
         if self.log and processes.is_main():
             repo_id, curve = self.hub and self.hub.repo_id, self.log.curve
             with self.noting("README.md"):
+                num_params = sum(array.size for array in jax.tree.leaves(self.state.params))
                 evaluations, samples = self.evaluations, self.samples.get(chosen, [])
                 cards.write_model_card(
-                    self.script, self.args, self.model, curve, self.results, evaluations, self.changes, samples, repo_id
-                )
+                    self.script, self.args, self.model, num_params, curve, self.results, evaluations, self.changes, samples,
+                    repo_id,
+                )  # fmt: skip
         if self.hub:
             self.stop.promise = "leaving the upload unfinished"
             self.hub.push(self.step, final=True, stop=self.stop)

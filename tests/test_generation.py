@@ -231,7 +231,7 @@ def test_what_a_run_writes(objective, line, tmp_path, messages_logged, monkeypat
     assert list(texts) == [4, 8]
     assert html.escape(reads[1], quote=False) in texts[8]  # nothing of it is markup
     card = (tmp_path / "one" / "README.md").read_text()
-    section = card.partition("## What it writes\n")[2].partition("## How to load it")[0]
+    section = card.partition("## What it writes\n")[2].partition("## How to use it")[0]
     assert "````text\nreads:    The <b>default</b> `value` ```is\nwrites: " in section
 
     without = [flag for flag in line(objective, tmp_path / "two") if flag != "--generate_samples" and "prompts.txt" not in flag]

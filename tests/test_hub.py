@@ -104,10 +104,10 @@ def test_at_the_end_the_server_holds_what_output_dir_holds(hub, push, corpus):
     assert len(picture) > 5000
     assert events_in(output_dir) == list(range(1, 13))
     card = hub.files(REPO)["README.md"].decode()
-    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: fill-mask\n")
     assert f"# {REPO}" in card
     assert f"trained by `run_mlm_flax.py` on {corpus.name}, from fresh weights" in card
-    for flag in ("--max_steps 12", "--learning_rate 0.001", "--push_to_hub True", "--hub_strategy end"):
+    for flag in ("--max_steps 12", "--learning_rate 0.001", "--push_to_hub", "--hub_strategy end"):
         assert flag in card
     results = json.loads((output_dir / "eval_results.json").read_text())
     assert f"| evaluation loss, nats per label | {results['eval_loss']:.3f} |" in card
@@ -116,7 +116,7 @@ def test_at_the_end_the_server_holds_what_output_dir_holds(hub, push, corpus):
     assert str(corpus.parent) not in card
     assert "![Training and evaluation curves](training_curves.png)" in card
     assert f"jax {json.loads((output_dir / 'run_info.json').read_text())['versions']['jax']}" in card
-    assert f'model = RobertaForMaskedLM.from_pretrained("{REPO}")' in card
+    assert f'model = RobertaForMaskedLM.from_pretrained("{REPO}")\n' in card
     assert f'model, params = weights.from_pretrained("{REPO}", models.MASKED)' in card
 
 

@@ -158,7 +158,7 @@ def test_several_files_train_as_one(texts, roberta_dir, error_of, tmp_path):
         assert {key: results[key] for key in ("eval_loss", "train_loss")} == {
             key: one[key] for key in ("eval_loss", "train_loss")
         }
-    assert "--train_file *.txt" in (tmp_path / "several1" / "README.md").read_text()
+    assert "--train_file '*.txt'" in (tmp_path / "several1" / "README.md").read_text()
     assert "--train_file 0.txt 1.txt" in (tmp_path / "several2" / "README.md").read_text()
     assert str(tmp_path) not in (tmp_path / "several2" / "README.md").read_text()
     line = error_of(

@@ -111,7 +111,7 @@ def test_a_changed_copy_speaks_for_itself(site, alone, flags, run_script):
         subprocess.run([*git, *command], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert record()["git_commit"] == head
-    assert f"`python {own.name} " in (own.parent / "out" / "README.md").read_text()
+    assert f"\npython {own.name} --" in (own.parent / "out" / "README.md").read_text()
     done = run_script(own.name, *flags, cwd=own.parent, env=environment)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"{own.name}: error: --output_dir out: is not empty")

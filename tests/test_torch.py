@@ -5,6 +5,7 @@ Run by `make test-torch`, which installs PyTorch. That our models compute what P
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def overrides_of(model_type: str, num_tokens: int) -> str:
 
 
 @pytest.mark.parametrize(("objective", "model_type"), RUNS, ids=["-".join(row) for row in RUNS])
-def test_a_run_of_each_type_loads_in_pytorch(objective, model_type, train, request):
+def test_a_run_of_each_type_loads_in_pytorch(objective, model_type, train, request, monkeypatch, capsys):
     """A short run's model.safetensors: nothing missing, nothing unexpected, and the scores of the weights that it trained."""
     import torch
 
@@ -118,6 +119,9 @@ def test_a_run_of_each_type_loads_in_pytorch(objective, model_type, train, reque
     output_dir, _ = train(objective, *flags, "--do_train")
     model, params = weights.from_pretrained(str(output_dir), module.MODELS)
     (output_dir / "flax_model.msgpack").unlink()
+    monkeypatch.chdir(output_dir)
+    exec(re.findall(r"```python\n(.*?)```", (output_dir / "README.md").read_text(), re.DOTALL)[0], {})  # as the card says
+    assert capsys.readouterr().out.strip()
     kind = next(kind for kind, name in oracle.AUTO_CLASSES.items() if name == auto_class)
     inputs = oracle.make_inputs(kind, model.config, 30)
     with torch.no_grad():
