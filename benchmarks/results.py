@@ -31,7 +31,7 @@ from benchmarks.sections import GROUPS, SECTIONS, FailedError, Runner
 RESULTS = "benchmarks/results.json"
 PAGES = ("README.md", "benchmarks/RESULTS.md")
 WRITTEN = (RESULTS, *PAGES, curves.PATH)
-KEPT = ("cpu", "simd", "cores", "memory_gib", "load_average", "versions", "date", "git_commit", "is_clean")
+KEPT = ("device", "cpu", "simd", "cores", "memory_gib", "load_average", "versions", "date", "git_commit", "is_clean")
 
 
 def read_results(root: Path) -> dict[str, Any]:

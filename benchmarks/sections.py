@@ -95,6 +95,16 @@ def replace_flag(command: list[str], flag: str, value: str) -> list[str]:
     return [*command[:place], value, *command[place + 1 :]]
 
 
+def shorten(training: list[str]) -> list[str]:
+    """The command that trains, for a few steps only."""
+    settings = json.loads((ROOT / training[2]).read_text("utf-8")) if training[2].endswith(".json") else {}
+    lengths = {"max_steps": 20, "warmup_steps": 2, "eval_steps": 10, "save_steps": 10, "logging_steps": 5}
+    lengths |= {"max_eval_samples": 64} | ({"num_decay_steps": 5} if "num_decay_steps" in settings else {})
+    for name, value in lengths.items():
+        training = replace_flag(training, f"--{name}", str(value))
+    return training
+
+
 def measure_quickstart(objective: str, runner: Runner) -> dict[str, Any]:
     """The quick start with three seeds: text, tokenizer and configuration are made once, the rest for each.
 
@@ -114,9 +124,7 @@ def measure_quickstart(objective: str, runner: Runner) -> dict[str, Any]:
         command = replace_flag(training, "--seed", str(seed))
         command = replace_flag(command, "--output_dir", os.path.relpath(model_dir, ROOT))
         if runner.quick:
-            lengths = {"max_steps": 20, "eval_steps": 10, "save_steps": 10, "logging_steps": 5, "max_eval_samples": 64}
-            for name, value in lengths.items():
-                command = replace_flag(command, f"--{name}", str(value))
+            command = shorten(command)
         seconds_to_train = runner.run(command, f"{objective}-{seed}-train")
         seconds = seconds_to_prepare + seconds_to_train
         for i, command in enumerate(showing):

@@ -84,8 +84,14 @@ def gib(value: float | None) -> str:
 
 
 def processor(environment: Results) -> str:
+    """The device that JAX used, if it was another than the CPU, and the CPU."""
     has = f" with {environment['simd']}" if environment.get("simd") else ""
-    return f"{environment['cores']} cores" + (f" of {environment['cpu']}{has}" if environment["cpu"] else "")
+    cores = f"{environment['cores']} cores" + (f" of {environment['cpu']}{has}" if environment["cpu"] else "")
+    return cores if environment.get("device", "cpu") == "cpu" else f"{environment['device']}, {cores}"
+
+
+def hardware(environment: Results) -> str:
+    return f"{environment['cores']} CPU cores" if environment.get("device", "cpu") == "cpu" else environment["device"]
 
 
 def circumstances(environment: Results) -> str:
@@ -140,9 +146,9 @@ def fill_last_columns(results: Results, old: str) -> str:
         objective = SCRIPTS.get(script[0]) if script else None
         found = results.get(f"quickstarts/{objective}") or (results.get("run_bert") if script and "bert" in script[0] else None)
         if found and objective:
-            cells[-3:] = [headline(found), f"{found['environment']['cores']} CPU cores", clock(median_seconds(found))]
+            cells[-3:] = [headline(found), hardware(found["environment"]), clock(median_seconds(found))]
         elif found:
-            cells[-3:] = [bfloat16_speed(found), f"{found['environment']['cores']} CPU cores", clock(found["seconds"])]
+            cells[-3:] = [bfloat16_speed(found), hardware(found["environment"]), clock(found["seconds"])]
         lines.append(row_of(cells) if script else line)
     return "\n".join(lines)
 
