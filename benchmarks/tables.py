@@ -71,7 +71,7 @@ def triple(values: dict[str, float], digits: int = 2) -> str:
 
 def bold_triple(values: dict[str, float]) -> str:
     middle, _, around = triple(values).partition(" ")
-    return f"**{middle}** {around}"
+    return f"**{middle}** {around}".strip()
 
 
 def number(value: float) -> str:
@@ -300,7 +300,8 @@ def elsewhere_table(results: Results, old: str) -> str:
     for found in results.get("elsewhere", {}).get("runs", []):
         environment = found["environment"]
         where = f"{environment['date']}, {environment['git_commit']}, {environment['simd']}"
-        rows.append([where, found["what"], *(bold_triple(found["ratios"][name]) for name in names)])
+        ratios = [bold_triple(found["ratios"][name]) if name in found["ratios"] else "" for name in names]
+        rows.append([where, found["what"], *ratios])
     return table(["date, commit, processor", "ours to PyTorch", *names], rows)
 
 
