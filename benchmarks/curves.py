@@ -102,4 +102,4 @@ def draw_legend(axis: Any, num_seeds: int) -> None:
     lines = [Line2D([], [], color=colour, linewidth=1.5) for colour in LINES[:num_seeds]]
     lines.append(Line2D([], [], color=HELD_OUT, marker="o", markersize=4, linestyle="none"))
     lines.append(Line2D([], [], color=BASELINE, linewidth=1.2, linestyle=(0, (4, 3))))
-    axis.legend(lines, [*names, "held-out text", "baseline: unigrams"], fontsize=8, loc="center left", frameon=False)
+    axis.legend(lines, [*names, "held-out text", "baseline (unigrams)"], fontsize=8, loc="center left", frameon=False)
