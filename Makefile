@@ -124,6 +124,11 @@ bench-preprocessing: $(VENV)/runtime
 bench-first-step: $(VENV)/runtime
 	$(RUN) benchmarks/time_to_first_step.py
 
+## results: all figures of README.md and benchmarks/RESULTS.md anew, and the pages made of them; an hour on 2 cores
+.PHONY: results
+results: $(VENV)/torch
+	$(RUN) benchmarks/results.py
+
 ## style: format and lint
 style: $(VENV)/development
 	$(RUN) -m ruff format .

@@ -11,6 +11,7 @@ loop takes from the prefetching thread: rows gathered from a memory-mapped file 
 import argparse
 import functools
 import importlib
+import json
 import os
 import sys
 import tempfile
@@ -124,17 +125,21 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=32000)
     parser.add_argument("--num_batches", type=int, default=100, help="timed batches of each kind")
     parser.add_argument("--only", default="", help="objectives whose names begin like that")
+    parser.add_argument("--json", type=Path, help="write the figures there: million tokens per second, batch by batch")
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     print(f"{args.batch_size} x {args.seq_length} tokens, one core, numpy {np.__version__}; million tokens per second")
     print(f"{'':18s}{'collate: median':>16s}{'min':>8s}{'max':>8s}{'whole: median':>16s}{'min':>8s}{'max':>8s}")
+    figures = {}
     for name, (module, config_class, flags) in OBJECTIVES.items():
         if not name.startswith(args.only):
             continue
-        found = measure(module, config_class(), flags, args)
+        found = figures[name] = measure(module, config_class(), flags, args)
         cells = [f"{np.median(r):{w}.1f}{min(r):8.1f}{max(r):8.1f}" for w, r in zip((16, 16), found.values(), strict=True)]
         print(f"{name:18s}{''.join(cells)}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=4) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ calls: files.load and token_rows.tokenize_and_group, with nothing cached. Number
 import argparse
 import functools
 import importlib
+import json
 import os
 import statistics
 import sys
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=20)
     parser.add_argument("--num_runs", type=int, default=3)
     parser.add_argument("--cache_dir", type=Path, default=ROOT / "quickstart/build/benchmark", help="text and tokenizer")
+    parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
     corpora = {objective: make_corpus(args.cache_dir, as_documents=objective == "nsp") for objective in args.objective}
     tokenizer = make_tokenizer(next(iter(corpora.values())))
@@ -71,11 +73,16 @@ def main() -> None:
                     found.setdefault((objective, n), []).append(prepare(objective, tokenizer, path, n, cache_dir))
     print(f"{size / 1e6:.1f} MB of text, {cpu_name()}, {cores} cores, load {os.getloadavg()[0]:.1f} at the end; medians")
     print(f"{'':6s}{'processes':>10s}{'read: s':>9s}{'tokens: s':>11s}{'min':>7s}{'max':>7s}{'MB/s':>8s}{'tokens/s':>12s}")
+    figures = []
     for (objective, n), runs in found.items():
         read, times = statistics.median(r[0] for r in runs), [r[1] for r in runs]
         seconds, num_tokens = statistics.median(times), runs[0][2]
         print(f"{objective:6s}{n:10d}{read:9.2f}{seconds:11.2f}{min(times):7.2f}{max(times):7.2f}", end="")
         print(f"{size / seconds / 1e6:8.2f}{num_tokens / seconds:12,.0f}")
+        figures.append({"objective": objective, "processes": n, "bytes": size, "tokens": num_tokens, "seconds": times})
+        figures[-1]["seconds_to_read"] = [r[0] for r in runs]
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=4) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ text is tokenised anew in each run; the compilation cache is JAX's own, set by J
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--objective", choices=OBJECTIVES, nargs="+", default=list(OBJECTIVES))
     parser.add_argument("--num_runs", type=int, default=3)
     parser.add_argument("--cache_dir", type=Path, default=ROOT / "quickstart/build/benchmark", help="text and tokenizer")
+    parser.add_argument("--json", type=Path, help="write the figures there: seconds since the start, of each run")
     args = parser.parse_args()
     corpora = {objective: make_corpus(args.cache_dir, as_documents=objective == "nsp") for objective in args.objective}
     found: dict[tuple[str, str], list] = {}
@@ -82,6 +84,9 @@ def main() -> None:
         medians = [statistics.median(run[name] for run in runs) for name in MARKS]
         last = [run["first step"] for run in runs]
         print(f"{objective:6s}{cache:>8s}{''.join(f'{m:18.1f}' for m in medians)}{min(last):8.1f}{max(last):8.1f}")
+    if args.json:
+        figures = [{"objective": objective, "cache": cache, "runs": runs} for (objective, cache), runs in found.items()]
+        args.json.write_text(json.dumps(figures, indent=4) + "\n")
 
 
 if __name__ == "__main__":

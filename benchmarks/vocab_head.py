@@ -13,6 +13,7 @@ slows all; ratios are taken turn by turn. Prints one table.
 
 import argparse
 import functools
+import json
 import statistics
 import sys
 import time
@@ -44,8 +45,8 @@ class FakeTokenizer:
         return {str(i): i for i in range(self.vocab_size)}
 
 
-def every_position_loss(params, batch, model, rngs, one_hot: bool):
-    """Scores [B, T, V], and with `one_hot` targets [B, T, V], most of which is thrown away."""
+def every_position_loss(params, batch, model, rngs, one_hot: bool, z_loss: float):
+    """Scores [B, T, V], and with `one_hot` targets [B, T, V], most of which is thrown away; `z_loss` is 0 here."""
     hidden_BTH = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"], rngs=rngs)
     logits_BTV = model.apply({"params": params}, hidden_BTH, method="scores").astype(jnp.float32)
     if one_hot:
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help="default: 16 for mlm, 8 for clm")
     parser.add_argument("--seq_length", type=int, help="default: 128 for mlm, 512 for clm")
     parser.add_argument("--num_steps", type=int, default=10, help="timed steps of each kind")
+    parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
     defaults = {"mlm": (50265, 16, 128), "clm": (50257, 8, 512)}[args.objective]
     for name, value in zip(("vocab_size", "batch_size", "seq_length"), defaults, strict=True):
@@ -136,7 +138,7 @@ def main() -> None:
     shape = f"{args.batch_size} x {args.seq_length} tokens, {config.vocab_size:,} words"
     print(f"{args.objective}, {shape}, {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"{'':15s}{'loss':>8s}{'median s':>10s}{'min':>8s}{'max':>8s}{'ratio (min to max)':>26s}{'memory':>11s}{'ratio':>7s}")
-    own_times, own_memory = runs["this script"][3], memory_of(runs["this script"][0])
+    own_times, own_memory, figures = runs["this script"][3], memory_of(runs["this script"][0]), {}
     for name, (step, _, _, times, loss) in runs.items():
         ratios, memory = [b / a for a, b in zip(own_times, times, strict=True)], memory_of(step)
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -144,6 +146,9 @@ def main() -> None:
             f"{name:15s}{loss:8.4f}{statistics.median(times):10.3f}{min(times):8.3f}{max(times):8.3f}{ratio:>26s}"
             f"{memory:7.0f} MiB{memory / own_memory:7.2f}"
         )
+        figures[name] = {"seconds": times, "ratios": ratios, "mib": memory, "loss": loss}
+    if args.json:
+        args.json.write_text(json.dumps({"task": f"{args.objective}, {shape}", "steps": figures}, indent=4) + "\n")
 
 
 def memory_of(step: sharding.CompiledStep) -> float:
