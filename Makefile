@@ -114,8 +114,9 @@ bench-preprocessing: $(VENV)/runtime
 bench-first-step: $(VENV)/runtime
 	$(RUN) benchmarks/time_to_first_step.py
 
-## style: format and lint
+## style: format and lint; notebooks lose their outputs
 style: $(VENV)/development
+	$(RUN) tests/strip_notebooks.py
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
