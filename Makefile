@@ -129,8 +129,9 @@ bench-first-step: $(VENV)/runtime
 results: $(VENV)/torch
 	$(RUN) benchmarks/results.py
 
-## style: format and lint
+## style: format and lint; notebooks lose their outputs
 style: $(VENV)/development
+	$(RUN) tests/strip_notebooks.py
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
