@@ -59,8 +59,8 @@ class Objective(NamedTuple):
 
 
 FILL = 'pipeline("fill-mask", model=model, tokenizer=tokenizer)(f"This is a {tokenizer.mask_token}.")'
-GO_ON = 'pipeline("text-generation", model=model, tokenizer=tokenizer)("This is")'
-WRITE = 'tokenizer.decode(model.generate(**tokenizer("This is a text.", return_tensors="pt"), max_new_tokens=32)[0])'
+GO_ON = 'pipeline("text-generation", model=model, tokenizer=tokenizer)("This is", max_new_tokens=20)'
+WRITE = 'tokenizer.decode(model.generate(**tokenizer("This is a text.", return_tensors="pt"), max_new_tokens=20)[0])'
 OBJECTIVES = {  # by the name that the mapping of its models has in flaxlm.models
     "MASKED": Objective("fill-mask", "to predict hidden tokens from both sides", FILL),
     "CAUSAL": Objective("text-generation", "to predict each token from those before it", GO_ON),
