@@ -199,11 +199,12 @@ def test_masked_language_modelling(execute, tmp_path):
     check_run(done, tmp_path)
     assert done.values["accuracy"] > max(0.2, 4 * done.values["baseline"])
     assert done.values["block_accuracy"] < done.values["accuracy"] - 0.02
-    assert "The model reads: [CLS]" in done.printed("collator")
+    assert done.printed("collator").count("The model reads: ") == 2
     assert re.search(r"'\[MASK\]' +was '", done.printed("collator"))
     shares = re.findall(r"([\d.]+)%", done.printed("shares"))
     assert [float(share) for share in shares] == pytest.approx([14, 80, 10, 10], abs=1)
     assert all(len(set(best)) == 5 for best in done.values["predictions"].values())
+    assert "not" in done.values["predictions"]["If the file does [MASK] exist, an exception is raised."]
 
 
 def test_causal_language_modelling(execute, tmp_path):
