@@ -21,7 +21,15 @@ SCRIPTS = {
     "run_bart_dlm_flax.py": "bart",
     "run_pretraining_flax.py": "nsp",
 }
-NAMES = {"roberta": "RoBERTa", "modernbert": "ModernBERT", "bert": "BERT", "gpt2": "GPT-2", "t5": "T5", "bart": "BART", "llama": "Llama"}
+NAMES = {
+    "roberta": "RoBERTa",
+    "modernbert": "ModernBERT",
+    "bert": "BERT",
+    "gpt2": "GPT-2",
+    "t5": "T5",
+    "bart": "BART",
+    "llama": "Llama",
+}
 MEASURED = ("quickstarts", "throughput", "vocab_head", "host_pipeline", "preprocessing", "first_step", "run_bert")
 
 
