@@ -80,7 +80,7 @@ def draw_one(axis: Any, name: str, curve: dict[str, Any]) -> None:
         axis.plot(*zip(*points["train"], strict=True), color=colour, linewidth=1.0)
     held_out = seeds[0].get("eval_loss", [])
     if held_out:
-        axis.plot(*zip(*held_out, strict=True), "o", color=HELD_OUT, markersize=3.5)
+        axis.plot(*zip(*held_out, strict=True), "o", color=HELD_OUT, markersize=3.5, clip_on=False)
     if curve["baseline_loss"]:
         axis.axhline(curve["baseline_loss"], color=BASELINE, linewidth=1.0, linestyle=(0, (4, 3)))
     axis.set_title(TITLES[name], fontsize=8.5, loc="left")
