@@ -358,7 +358,7 @@ def test_alone_on_four_devices_equals_here_on_one(script, flags, train, run_scri
     assert "on 4 device(s)" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {name, "four"}
     assert json.loads((tmp_path / "four" / "run_info.json").read_text())["script"] == name
-    assert f"`python {name} " in (tmp_path / "four" / "README.md").read_text()
+    assert f"```bash\npython {name} " in (tmp_path / "four" / "README.md").read_text()
     train(tmp_path / "one", *STEPS)
     one, four = (read_events(tmp_path / name) for name in ("one", "four"))
     for tag in ("train_loss", "train_grad_norm", "eval_loss", "eval_accuracy"):
