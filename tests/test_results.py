@@ -185,11 +185,13 @@ def test_the_table_of_run_bert_is_read(tmp_path, monkeypatch):
 
 
 def test_the_quick_way_runs_benchmarks(run_script, tmp_path):
-    """A section in earnest; nothing is written into the checkout."""
+    """Two sections in earnest, of which one calls a script's loss as the script does; nothing is written into the checkout."""
     before = {name: (ROOT / name).read_bytes() for name in results.WRITTEN if (ROOT / name).exists()}
-    only = ["--quick", "--only", "host_pipeline", "--output_dir", tmp_path]
+    only = ["--quick", "--only", "host_pipeline", "vocab_head/mlm", "--output_dir", tmp_path]
     done = run_script(ROOT / "benchmarks" / "results.py", *only)
     assert done.returncode == 0, done.stderr
-    assert list(results.read_results(tmp_path)) == ["host_pipeline"]
-    assert "| collate | " in (tmp_path / "benchmarks/RESULTS.md").read_text("utf-8")
+    assert list(results.read_results(tmp_path)) == ["vocab_head/mlm", "host_pipeline"]
+    page = (tmp_path / "benchmarks/RESULTS.md").read_text("utf-8")
+    assert "| collate | " in page
+    assert "this script | " in page
     assert before == {name: (ROOT / name).read_bytes() for name in before}
