@@ -4,9 +4,8 @@
 
     python quickstart/fill_mask.py --model_dir quickstart/build/mlm --corpus_dir quickstart/build/corpus
 
-The blanks are chosen by the text alone: short sentences, and in each the word that is the
-commonest in the training text.
-A model that was trained on pairs of sentences also says which belong together.
+The blanks are chosen by the text alone: short sentences, and in each the word that is the commonest in the training text. A
+model that was trained on pairs of sentences also says which belong together.
 """
 
 import re
