@@ -2,9 +2,11 @@
 """How a program talks and ends: flags, one line for a mistake, exit statuses, log and progress bars."""
 
 import argparse
+import atexit
 import contextlib
 import datetime
 import errno
+import faulthandler
 import functools
 import json
 import logging
@@ -152,11 +154,22 @@ def interruptible(name: str) -> Iterator[None]:
 
 
 def end(status: int) -> NoReturn:
-    """Leave the program, within seconds: orbax, after a save that failed, leaves threads behind that wait for ever."""
+    """Leave the program, within seconds, whatever libraries still wait for.
+
+    orbax leaves threads behind after a save that failed, and Python would wait for them for ever: so it is left without being
+    taken apart. The exit functions of libraries are called, since they remove temporary files, but not waited for either; one
+    that hangs and lets no other thread run, so that the timer cannot either, is ended by faulthandler, with status 1.
+    """
     timer = threading.Timer(5.0, os._exit, [status])
     timer.daemon = True
     timer.start()
-    sys.exit(status)
+    with open(os.devnull, "w") as nowhere:
+        faulthandler.dump_traceback_later(8.0, exit=True, file=sys.stderr if os.environ.get(TRACEBACK) else nowhere)
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
 
 
 def silence_late_writes() -> None:

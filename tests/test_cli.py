@@ -151,7 +151,7 @@ def start(body: str) -> subprocess.Popen:
     code = f"""
 import flaxlm
 flaxlm.begin(flaxlm.__version__, "run_mine.py", as_program=True)
-import gc, sys, threading, time
+import atexit, gc, sys, threading, time
 from flaxlm import cli
 def main():
     print("running", flush=True)
@@ -206,15 +206,48 @@ def test_an_interrupt_while_libraries_are_imported(run_script):
     assert error == "run_clm_flax.py: interrupted before training began; nothing to save\n"
 
 
-@pytest.mark.parametrize(("error", "status"), [("", 0), ("raise cli.Accident('not saved')", 1), ("cli.fail('--flag')", 2)])
-def test_threads_that_never_end_do_not_keep_the_program(error, status):
-    """As orbax leaves them behind when a save has failed."""
+ENDINGS = [("", 0), ("raise cli.Accident('not saved')", 1), ("cli.fail('--flag')", 2)]
+
+
+@pytest.mark.parametrize(("error", "status"), ENDINGS)
+@pytest.mark.parametrize(
+    "leftover",
+    [
+        "threading.Thread(target=time.sleep, args=(600,)).start()",  # as orbax leaves them behind when a save has failed
+        "atexit.register(time.sleep, 600)",
+        "global left; left = type('Left', (), {'__del__': lambda self, sleep=time.sleep: sleep(600)})()",
+    ],
+    ids=["thread", "exit function", "object"],
+)
+def test_what_libraries_leave_behind_does_not_keep_the_program(leftover, error, status):
     process = start(f"""
-        threading.Thread(target=time.sleep, args=(600,)).start()
+        {leftover}
         {error}
     """)
     assert process.wait(timeout=20) == status
     process.communicate()
+
+
+def test_an_exit_function_that_lets_nobody_else_run_does_not_keep_the_program():
+    """As a library that waits for a thread which needs what it holds itself."""
+    process = start("""
+        import ctypes
+        atexit.register(ctypes.PyDLL(None).sleep, 600)
+        cli.fail("--flag")
+    """)
+    assert process.wait(timeout=30) == 1
+    assert process.stderr.read() == "run_mine.py: error: --flag\n"
+
+
+def test_exit_functions_are_called(tmp_path):
+    """Libraries remove their temporary files in them."""
+    process = start(f"""
+        atexit.register(open, {str(tmp_path / "called")!r}, "w")
+        print("unflushed", end="")
+        cli.fail("--flag")
+    """)
+    assert (process.wait(timeout=20), process.stdout.read()) == (2, "unflushed")
+    assert os.listdir(tmp_path) == ["called"]
 
 
 # ---- Help ----------------------------------------------------------------------------------------------------------------
