@@ -34,7 +34,8 @@ from flaxlm import (
 
 
 def how_to_go_on(training_args: arguments.TrainingArguments) -> str:
-    return processes.AGAIN if training_args.resume_from_checkpoint == outputs.AUTO else processes.RESUME
+    is_the_same = training_args.resume_from_checkpoint == outputs.AUTO or not training_args.do_train
+    return processes.AGAIN if is_the_same else processes.RESUME
 
 
 class Run:
@@ -178,7 +179,7 @@ class Run:
 
     def end_step(self, state: sharding.TrainState, metrics: Mapping[str, jax.Array], batch: batches.DeviceBatch) -> None:
         """Take what a step gave. Its metrics are fetched at the next step, or now if something is due, which is not timed."""
-        self.step, self.state, self.position = self.step + 1, state, batch.position
+        self.step, self.state, self.position, self.stop.has_gained = self.step + 1, state, batch.position, True
         self.profile.end(self.step, state, self.log.stopwatch)
         self.log.add(self.step, metrics, batch.num_tokens, batch.rows_by_corpus)
         if self.is_due("eval") or self.is_due("save"):
