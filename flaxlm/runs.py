@@ -96,7 +96,7 @@ class Run:
     def start(self, state: sharding.TrainState) -> sharding.TrainState:
         """The state to train from: the one given or, with --resume_from_checkpoint, the one of a checkpoint."""
         training_args, progress = self.args.training, None
-        current = identity.of_run(self.args, self.model.config, self.plan, self.data.identity)
+        current = identity.of_run(self.args, self.model.config, self.tokenizer, self.plan, self.data.identity)
         self.saver = checkpoints.Saver(training_args, self.model, self.tokenizer, current.values, self.hub)
         if training_args.resume_from_checkpoint:
             resume_from, output_dir = training_args.resume_from_checkpoint, training_args.output_dir
@@ -117,11 +117,13 @@ class Run:
         """Take up what a checkpoint tells of the run."""
         cli.logger.info("Resuming after step %d", progress["step"])
         self.evaluations = {int(step): metrics for step, metrics in progress["evaluations"].items()}
-        self.position, self.changes = progress["positions"][self.plan.process_index], progress["changes"]
+        positions, self.changes = progress["positions"], progress["changes"]
+        # Another number of processes has other parts of a stream, which is another one then.
+        self.position = positions[self.plan.process_index] if len(positions) == self.plan.num_processes else None
         for change in self.changes[-1:] if self.changes and self.changes[-1]["step"] == progress["step"] else []:
             for name, (then, now) in change["changes"].items():
                 cli.logger.warning("%s is %s from here on, it was %s (--resume_changes).", name, now, then)
-            if self.position and identity.changes_text(change["changes"], self.args.data):
+            if any(positions) and identity.changes_text(change["changes"], self.args.data):
                 cli.logger.warning("The stream of texts is another one: it is read from its beginning.")
                 self.position = None
         self.saver.resume(progress["step"])
