@@ -3,7 +3,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -36,6 +36,11 @@ from flaxlm import (
 def how_to_go_on(training_args: arguments.TrainingArguments) -> str:
     is_the_same = training_args.resume_from_checkpoint == outputs.AUTO or not training_args.do_train
     return processes.AGAIN if is_the_same else processes.RESUME
+
+
+def steps_in(directory: str) -> list[int]:
+    """The steps of its checkpoints."""
+    return [step for step, _ in outputs.find_checkpoints(directory)]
 
 
 class Run:
@@ -76,6 +81,7 @@ class Run:
         self.state: sharding.TrainState | None = None
         self.step, self.position = 0, None
         self.evaluations: dict[int, dict[str, float]] = {}
+        self.lost: set[int] = set()  # of those the steps whose states are not there, as where nobody asked for the best
         self.changes: list[dict[str, Any]] = []  # of flags in resumed runs, each with the step at which it was made
         self.samples: dict[int, list[generation.Sample]] = {}
         self.results: dict[str, float] = {}
@@ -111,6 +117,8 @@ class Run:
             self.log.resume(progress)
             self.take_up_samples(progress)
         self.state, self.step = state, int(state.step)
+        if self.is_over():
+            self.tell_why_it_is_over("; a higher --early_stopping_patience goes on from here")
         return state
 
     def resume(self, progress: Mapping[str, Any], path: str) -> None:
@@ -129,8 +137,11 @@ class Run:
         self.saver.resume(progress["step"])
         self.profile.resume(progress["step"])
         if self.args.training.load_best_model_at_end:
-            best_step = selection.best_step(self.args.training, self.evaluations)
-            checkpoints.take_along(best_step, os.path.dirname(path), self.args.training.output_dir)
+            source, output_dir = os.path.dirname(path), self.args.training.output_dir
+            self.lost = self.evaluations.keys() - set(processes.gather_json(steps_in(source) + steps_in(output_dir))[0])
+            if self.best_step() != (best := self.best_of(self.evaluations)):
+                cli.logger.warning("The state of the best evaluation so far, step %s, was not kept.", best)
+            checkpoints.take_along(self.best_step(), source, output_dir)
 
     def measure(self, script: estimates.Script) -> None:
         """Count the model's arithmetic, so that the log tells how much of the devices' speed it uses, if that is known.
@@ -209,8 +220,13 @@ class Run:
         return self.step in self.evaluations and selection.should_stop(self.args.training, self.evaluations)
 
     def best_step(self) -> int | None:
-        """The step of the best evaluation so far."""
-        return selection.best_step(self.args.training, self.evaluations)
+        """The step of the best evaluation so far whose state can be had."""
+        return self.best_of(self.evaluations.keys() - self.lost)
+
+    def best_of(self, steps: Iterable[int]) -> int | None:
+        """The one of these steps whose evaluation was the best."""
+        there = {step: self.evaluations[step] for step in steps if step in self.evaluations}
+        return selection.best_step(self.args.training, there)
 
     def report(self, metrics: dict[str, float], samples: Sequence[generation.Sample] = ()) -> None:
         """Note the metrics of an evaluation, and what the model wrote, in the log and to the reporters."""
@@ -224,11 +240,14 @@ class Run:
             points.add(self.step, metrics)
             points.flush(through=None if self.log.window else self.step)  # a window is written at its log line
         if self.is_over() and self.saver:
-            best = self.best_step()
-            line = "Stopping early: %d evaluation(s) in a row not better; the best %s was %.4f, at step %s"
-            name = selection.metric_name(self.args.training)
-            patience = self.args.training.early_stopping_patience
-            cli.logger.info(line, patience, name[5:], self.evaluations.get(best, {}).get(name, float("nan")), best)
+            self.tell_why_it_is_over()
+
+    def tell_why_it_is_over(self, advice: str = "") -> None:
+        """That patience has run out, and what the best was."""
+        name, best = selection.metric_name(self.args.training), self.best_of(self.evaluations)
+        value = self.evaluations.get(best, {}).get(name, float("nan"))
+        line = "Stopping early: %d evaluation(s) in a row not better; the best %s was %.4f, at step %s%s"
+        cli.logger.info(line, self.args.training.early_stopping_patience, name[5:], value, best, advice)
 
     def report_samples(self, samples: list[generation.Sample], points: reporters.Reports | None) -> None:
         """Note what the model wrote: its beginning in the log, all of it in samples.json and to the reporters."""
@@ -269,7 +288,10 @@ class Run:
         positions = processes.gather_json(self.position)
         progress = {"positions": positions, "evaluations": self.evaluations, "changes": self.changes}
         progress["samples"] = {step: [list(sample) for sample in samples] for step, samples in self.samples.items()}
-        best_step = self.best_step() if self.args.training.load_best_model_at_end else None
+        best_step = None
+        if self.args.training.load_best_model_at_end:
+            self.saver.wait()  # a save that failed has left nothing that could be kept
+            best_step = self.best_of([*steps_in(self.args.training.output_dir), self.step])
         self.saver.save(self.step, self.state, self.log.progress() | progress, best_step)
 
     def finish(self) -> None:
@@ -296,15 +318,13 @@ class Run:
 
     def choose(self) -> int:
         """Make the best weights the model, of those that were evaluated and are still there; the step they are of."""
-        there = {step for step, _ in outputs.find_checkpoints(self.args.training.output_dir)}
-        kept = {step: metrics for step, metrics in self.evaluations.items() if step in there}
-        kept = processes.gather_json(list(kept))[0]  # process 0 may remove some while others look
-        chosen = selection.best_step(self.args.training, {step: self.evaluations[step] for step in kept})
+        # Process 0 may remove some while others look.
+        chosen = self.best_of(processes.gather_json(steps_in(self.args.training.output_dir))[0])
         if chosen is None:
             cli.logger.warning("No evaluation of a state that was saved gave a number: the model is that of the last step.")
             return self.step
-        if chosen != self.best_step():
-            cli.logger.warning("The state of the best evaluation, step %s, was not saved.", self.best_step())
+        if chosen != (best := self.best_of(self.evaluations)):
+            cli.logger.warning("The state of the best evaluation, step %s, was not saved.", best)
         if chosen != self.step:
             self.saver.choose(chosen, self.state.params)
             self.write_samples(chosen)

@@ -660,7 +660,7 @@ def test_changes_need_a_checkpoint(train, error_of, tmp_path):
 
 @pytest.mark.parametrize(
     "change", [["--mlm_probability", 0.3], ["--per_device_train_batch_size", 4], ["--max_grad_norm", 0.5], ["--seed", 3],
-               ["--weight_decay", 0.1], ["--max_train_samples", 30]], ids=lambda change: change[0],
+               ["--weight_decay", 0.1], ["--max_train_samples", 30], ["--z_loss", 0.1]], ids=lambda change: change[0],
 )  # fmt: skip
 def test_other_changes(change, stopped, train, uninterrupted):
     """Whatever the optimizer's state does not depend on may change: training goes on, otherwise than it would have."""
@@ -668,6 +668,18 @@ def test_other_changes(change, stopped, train, uninterrupted):
     found = losses_of(stopped)
     assert len(found) == 12
     assert found[:8] == losses_of(uninterrupted)[:8] != found[:8] + found[8:] != losses_of(uninterrupted)
+
+
+def test_a_loss_with_other_parts_than_before(stopped, train):
+    """z_loss is switched on within a log window, and off again within the next: each point has the parts that it had."""
+    allowed = ["--resume_from_checkpoint", "--resume_changes", "z_loss"]
+    train_until(train, stopped, 10, "--z_loss", 0.1, *allowed, "--logging_steps", 9)
+    train(stopped, *allowed)
+    points = read_events(stopped)
+    assert [step for step, _ in points["train_loss"]] == list(range(1, 13))
+    assert [step for step, _ in points["train_z_loss"]] == [9, 10]
+    told = json.loads((stopped / "run_info.json").read_text())["resume_changes"]
+    assert told == [{"step": 8, "changes": {"--z_loss": [0.0, 0.1]}}, {"step": 10, "changes": {"--z_loss": [0.1, 0.0]}}]
 
 
 # ---- The same command line, always ---------------------------------------------------------------------------------------

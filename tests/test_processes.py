@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -134,6 +135,21 @@ def stop_and_resume(start, stopped: Path, *flags) -> None:
     ended = end_of(*start(stopped, *flags, "--resume_from_checkpoint", "auto"))
     assert ended.statuses == [0, 0], "\n".join(ended.logs)
     assert f"Resuming after step {last}" in ended.logs[0]
+
+
+def test_one_process_goes_on_where_two_were(together, roberta_dir, corpus, tmp_path):
+    """With rows as many in a batch: the numbers of two, to rounding; no checkpoint is taken for damaged."""
+    output_dir = shutil.copytree(together[0], tmp_path / "run")
+    for step in range(25, STEPS + 1, SAVE):
+        shutil.rmtree(output_dir / f"checkpoint-{step}")
+    batch = ["--per_device_train_batch_size", 8, "--per_device_eval_batch_size", 8]
+    run(output_dir, roberta_dir, "--train_file", corpus, *FLAGS, *batch, "--resume_from_checkpoint")
+    assert not list(output_dir.glob("*.damaged"))
+    one, two = read_events(output_dir), read_events(together[0])
+    for tag in TAGS:
+        assert one[tag][:20] == two[tag][:20]
+        assert [step for step, _ in one[tag]] == [step for step, _ in two[tag]]
+        assert [value for _, value in one[tag]] == pytest.approx([value for _, value in two[tag]], rel=1e-5)
 
 
 def test_stopped_by_a_signal_to_one_process_goes_on_exactly(together, start, corpus, tmp_path):
