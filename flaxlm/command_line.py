@@ -290,8 +290,7 @@ def check_output_dir(training_args: arguments.TrainingArguments) -> None:
     if os.path.exists(path) and not os.path.isdir(path):
         cli.fail(f"--output_dir {path}: is a file; name a directory")
     outputs.check_free(training_args)
-    occupied = os.path.isdir(path) and os.listdir(path)
-    if not (training_args.do_train and occupied) or training_args.overwrite_output_dir:
+    if not (training_args.do_train and outputs.is_occupied(path)) or training_args.overwrite_output_dir:
         return
     if training_args.resume_from_checkpoint == outputs.AUTO:
         outputs.check_resumable(path)
