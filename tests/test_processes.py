@@ -178,6 +178,26 @@ def test_a_model_spread_over_two_processes(start, roberta_dir, corpus, tmp_path)
     assert_same_run(stopped, whole)
 
 
+def test_two_processes_choose_the_best_and_stop_early(start, roberta_dir, corpus, tmp_path):
+    """At the same step, which is told by both; the files are of the best, and started again there is nothing to do."""
+    worse = ["--learning_rate", 0.05, "--lr_scheduler_type", "constant", "--eval_steps", 3, "--save_total_limit", 1]
+    flags = ["--train_file", corpus, *worse, "--load_best_model_at_end", "--early_stopping_patience", 2]
+    output_dir = tmp_path / "best"
+    for _ in range(2):
+        ended = end_of(*start(output_dir, *flags, "--resume_from_checkpoint", "auto"))
+        assert ended.statuses == [0, 0], "\n".join(ended.logs)
+        assert "Stopping early: 2 evaluation(s) in a row not better" in ended.logs[0]
+        (last, _), (best, loss) = (
+            read_events(output_dir)["eval_loss"][-1],
+            min(read_events(output_dir)["eval_loss"], key=lambda point: point[1]),
+        )
+        assert best < last < STEPS
+        assert checkpoints(output_dir) == [best, last]
+        assert json.loads((output_dir / "train_results.json").read_text())["best_step"] == best
+        alone = ["--do_eval", "--model_name_or_path", output_dir, "--train_file", corpus, "--max_eval_samples", 23]
+        assert run(tmp_path / "evaluation", roberta_dir, *alone)["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
 def test_stream_stopped_by_a_signal_to_one_process_goes_on_exactly(start, texts, tmp_path):
     """The same where each process reads texts of its own."""
     data = tmp_path / "some.txt"
