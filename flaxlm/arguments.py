@@ -155,8 +155,9 @@ class TrainingArguments:
     resume_changes: str | None = field(
         default=None,
         metadata={
+            "nargs": "+",
             "help": "Flags that may differ from those of the checkpoint, as max_steps,learning_rate: the run goes on with the "
-            "new ones, knowingly otherwise than an uninterrupted one would."
+            "new ones, knowingly otherwise than an uninterrupted one would.",
         },
     )
     load_best_model_at_end: bool = field(

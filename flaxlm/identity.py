@@ -95,12 +95,13 @@ def compare(saved: Mapping[str, Any], current: Identity, step: int, path: str) -
                  if saved.get(name) != current.values.get(name)]  # fmt: skip
     if not SCHEDULE.isdisjoint(different) and np.array_equal(rates(current.values, current, step), rates(saved, current, step)):
         different = [name for name in different if name not in SCHEDULE]
-    changes: dict[str, list] = {}
+    changes, given = {}, arguments.changed_values(*current.args)
     allowed, refused, needed = set(named(current.args.training.resume_changes)), [], []
     for name in different:
         if not follows(name, changes, saved, current):
             flags = flags_of(name)
-            needed += [next((flag for flag in flags if flag in allowed), flags[0])] if flags else []
+            # That which is named already or else was given, of several that would do.
+            needed += sorted(flags, key=lambda flag: (flag not in allowed, flag not in given))[:1]
             refused += [name] if allowed.isdisjoint(flags) else []
         changes[name] = [saved.get(name), current.values.get(name)]
     for name in sorted(refused, key=lambda name: bool(flags_of(name)))[:1]:  # first what nothing allows
@@ -144,9 +145,9 @@ ALIASES = {"num_train_steps": "max_steps", "dataset_path": "dataset_name"}
 
 def named(resume_changes: str | None) -> Iterator[str]:
     """The flags of --resume_changes, however they are spelled."""
-    for name in (resume_changes or "").split(","):
-        if stripped := name.strip().removeprefix("--").replace("-", "_"):
-            yield ALIASES.get(stripped, stripped)
+    for name in (resume_changes or "").replace(",", " ").split():
+        flag = name.removeprefix("--").replace("-", "_")
+        yield ALIASES.get(flag, flag)
 
 
 def check_changes(args: arguments.Arguments) -> None:

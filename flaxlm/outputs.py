@@ -39,9 +39,11 @@ class OutputDir:
                 if training_args.do_train:
                     refuse_files_of_others(self.path)
         if training_args.resume_from_checkpoint == AUTO:  # decided here, where nobody else can change what is there
-            goes_on = processes.gather_json(processes.is_main() and bool(found_checkpoints(self.path)))[0]
+            goes_on = training_args.do_train and bool(processes.is_main() and found_checkpoints(self.path))
+            goes_on = processes.gather_json(goes_on)[0]
             training_args.resume_from_checkpoint = "latest" if goes_on else None
-            logger.info("Going on from a checkpoint." if goes_on else "There is no checkpoint to go on from: starting.")
+            if training_args.do_train:
+                logger.info("Going on from a checkpoint." if goes_on else "There is no checkpoint to go on from: starting.")
         if processes.is_main():
             remove(stale_files(training_args))
 

@@ -609,8 +609,8 @@ def test_train_longer_before_the_decay_begins(train, error_of, tmp_path):
 
 def test_a_change_that_is_allowed_is_made_and_recorded(stopped, uninterrupted, train):
     """From its step on: until then the curve is the old one. It is told in run_info.json and the model card, once."""
-    changes = "max_steps,--learning-rate"
-    train(stopped, "--max_steps", 14, "--learning_rate", 2e-3, "--resume_from_checkpoint", "--resume_changes", changes)
+    flags = ["--max_steps", 14, "--learning_rate", 2e-3, "--resume_from_checkpoint", "--resume_changes"]
+    train(stopped, *flags, "max_steps,--learning-rate")
     found, rates = losses_of(stopped), dict(read_events(stopped)["train_learning_rate"])
     assert len(found) == 14
     assert found[:9] == losses_of(uninterrupted)[:9]  # the rate of step 9 shows in the loss of step 10
@@ -625,7 +625,7 @@ def test_a_change_that_is_allowed_is_made_and_recorded(stopped, uninterrupted, t
         in card
     )
     # The same command line again, as a requeued job has it: nothing differs from the newest checkpoint any more.
-    train(stopped, "--max_steps", 14, "--learning_rate", 2e-3, "--resume_from_checkpoint", "--resume_changes", changes)
+    train(stopped, *flags, "max_steps", "learning_rate")
     assert json.loads((stopped / "run_info.json").read_text())["resume_changes"] == told
 
 
@@ -680,6 +680,23 @@ def test_a_loss_with_other_parts_than_before(stopped, train):
     assert [step for step, _ in points["train_z_loss"]] == [9, 10]
     told = json.loads((stopped / "run_info.json").read_text())["resume_changes"]
     assert told == [{"step": 8, "changes": {"--z_loss": [0.0, 0.1]}}, {"step": 10, "changes": {"--z_loss": [0.1, 0.0]}}]
+
+
+def test_changes_one_after_the_other(stopped, start, train):
+    """There and back and there again, killed in between and started anew: the record has each one that was made."""
+    allowed = ["--save_steps", 1, "--resume_from_checkpoint", "auto", "--resume_changes", "learning_rate"]
+    train_until(train, stopped, 9, "--learning_rate", 2e-3, *allowed)
+    process = start(stopped, "--learning_rate", 3e-3, *allowed)  # told before it has saved anything
+    process.wait_for("Compiled the training step")
+    process.send(signal.SIGKILL)
+    process.end()
+    for path in stopped.glob("checkpoint-1?"):  # should it have been quicker
+        shutil.rmtree(path)
+    train_until(train, stopped, 10, *allowed)
+    train(stopped, "--learning_rate", 2e-3, *allowed)
+    told = json.loads((stopped / "run_info.json").read_text())["resume_changes"]
+    rates = [(8, [1e-3, 2e-3]), (9, [2e-3, 1e-3]), (10, [1e-3, 2e-3])]
+    assert told == [{"step": step, "changes": {"--learning_rate": change}} for step, change in rates]
 
 
 # ---- The same command line, always ---------------------------------------------------------------------------------------

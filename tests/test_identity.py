@@ -141,6 +141,12 @@ def test_another_vocabulary_is_another_model(refuses):
     assert identity.compare(before, make(), 50, "x") == {}
 
 
+def test_the_advice_names_the_flag_that_was_given():
+    """Where one of several would do: that of the epochs, not of the steps."""
+    with pytest.raises(cli.Mistake, match="allow it with --resume_changes num_train_epochs, or"):
+        identity.compare(make().values, make(num_steps=200, max_steps=-1, num_train_epochs=9.0), 50, "x")
+
+
 @pytest.mark.parametrize("names", ["", " , "])
 def test_no_names(names, refuses):
     args = make(resume_from_checkpoint="latest", resume_changes=names).args
@@ -149,7 +155,7 @@ def test_no_names(names, refuses):
 
 
 def test_names_in_any_spelling():
-    names = list(identity.named("--max-steps, learning_rate,num_train_steps,,dataset_path"))
+    names = list(identity.named("--max-steps, learning_rate,num_train_steps,,  dataset_path"))
     assert names == ["max_steps", "learning_rate", "max_steps", "dataset_name"]
     assert list(identity.named(None)) == []
 
