@@ -653,6 +653,28 @@ def test_what_is_not_allowed_says_what_would_allow_it(change, advice, stopped_af
     assert files(stopped_after_8) == before
 
 
+@pytest.mark.parametrize("change", ["optimizer", "dropout"])
+def test_a_new_run_from_the_weights(change, stopped_after_8, common, error_of, capsys, tmp_path):
+    """What the line about an optimizer or a configuration advises, to the letter."""
+    flags, more = common[: common.index("--config_overrides")], []  # which weights would refuse
+    fields = json.loads((stopped_after_8 / "config.json").read_text())
+    if change == "optimizer":
+        more, advice = ["--optim", "lion"], "start a new run from the weights, with --model_name_or_path, or"
+    else:
+        fields["hidden_dropout_prob"], advice = 0.3, "and a --config_name in which hidden_dropout_prob is as you want it"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    flags[flags.index("--config_name") + 1] = tmp_path
+
+    def train(*where) -> None:
+        script.main([str(flag) for flag in [*flags, *more, *where]])
+
+    assert advice in error_of(train, "--output_dir", stopped_after_8, "--resume_from_checkpoint")
+    train("--output_dir", tmp_path / "new", "--model_name_or_path", stopped_after_8)
+    assert f"Loading weights from {stopped_after_8}" in capsys.readouterr().err
+    trained = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert trained["hidden_dropout_prob"] == (0.3 if change == "dropout" else 0.1)
+
+
 def test_changes_need_a_checkpoint(train, error_of, tmp_path):
     message = error_of(train, tmp_path / "new", "--resume_changes", "max_steps")
     assert "--resume_changes: says what may differ from a checkpoint; add --resume_from_checkpoint" in message
