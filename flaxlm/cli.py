@@ -129,11 +129,12 @@ def interruptible(name: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    owner, timers = os.getpid(), []
+    owner, timers, received = os.getpid(), [], []
 
     def handle(signum: int, frame) -> None:
         if os.getpid() != owner:  # a process that tokenises: its owner has been interrupted as well
             os._exit(128 + signum)
+        received.append(signum)
         timers.append(threading.Timer(1.0, flaxlm.end_at_once, [name, signum]))
         timers[-1].daemon = True
         timers[-1].start()
@@ -142,6 +143,10 @@ def interruptible(name: str) -> Iterator[None]:
     previous = {signum: signal.signal(signum, handle) for signum in flaxlm.STATUS_BEFORE_TRAINING}
     try:
         yield
+    except Exception as error:
+        if received:  # a library has made this of it
+            raise KeyboardInterrupt(received[0]) from error
+        raise
     finally:
         for timer in timers:
             timer.cancel()

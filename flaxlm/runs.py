@@ -117,7 +117,7 @@ class Run:
             self.log.resume(progress)
             self.take_up_samples(progress)
         self.state, self.step = state, int(state.step)
-        if self.is_over():
+        if self.is_over() and self.step < self.plan.num_steps:
             self.tell_why_it_is_over("; a higher --early_stopping_patience goes on from here")
         return state
 

@@ -186,6 +186,21 @@ def test_an_interrupt_that_a_library_swallows_ends_the_program(signum, status):
 
 
 @SIGNALS
+def test_an_interrupt_of_which_a_library_makes_another_error(signum, status):
+    """As datasets does, when the processes that tokenise are gone."""
+    process = start("""
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise TimeoutError
+    """)
+    process.send_signal(signum)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert error == "run_mine.py: interrupted before training began; nothing to save\n"
+
+
+@SIGNALS
 def test_an_interrupt_cleans_up(signum, status):
     """Where nothing swallows it, what is half-written goes."""
     process = start("""
