@@ -127,6 +127,24 @@ def test_the_best_is_the_same_in_a_resumed_run(stops, best, train, tmp_path):  #
     assert outcome(tmp_path) == outcome(best)
 
 
+def test_ended_between_the_best_evaluation_and_its_save(best, train, monkeypatch, tmp_path):  # noqa: F811
+    """The same command goes on from the save before it, evaluates again, and chooses what an undisturbed run chooses."""
+    more = [*WORSE, "--load_best_model_at_end", "--save_steps", 5, "--save_total_limit", 1, "--resume_from_checkpoint", "auto"]
+    save, (best_step, _) = checkpoints.Saver.save, best_of(best)
+
+    def end_at_the_best(saver, step, *args):
+        if step == best_step:
+            raise KeyboardInterrupt
+        save(saver, step, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints.Saver, "save", end_at_the_best)
+        train(tmp_path, *more)
+    assert best_step not in saved_steps(tmp_path)
+    train(tmp_path, *more)
+    assert outcome(tmp_path) == outcome(best)
+
+
 def test_the_best_comes_along_to_another_directory(best, train, tmp_path):  # noqa: F811
     """A run that goes on elsewhere takes the best state with it; the one that it goes on from stays as it is."""
     more = [*WORSE, "--load_best_model_at_end", "--save_steps", 5, "--save_total_limit", 1]
