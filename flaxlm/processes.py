@@ -35,6 +35,9 @@ def join(training_args: arguments.TrainingArguments) -> None:
         jax.distributed.initialize(address, training_args.num_processes, training_args.process_id)
     except (ValueError, RuntimeError) as error:
         cli.fail(f"--multihost: the processes do not find each other: {cli.first_line(error)}")
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGTERM, handler)  # jax has put one in its place that only takes notice
     logger.info("Process %d of %d, with %d device(s)", jax.process_index(), jax.process_count(), jax.local_device_count())
     if jax.process_index() > 0:
         cli.logger.setLevel(logging.WARNING)

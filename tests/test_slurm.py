@@ -120,12 +120,19 @@ def test_what_gains_nothing_does_not_queue_up(moment, submit, tmp_path):
     assert line in log.read_text().splitlines()[-1]
 
 
-def end_at(submit, directory: Path, moment: str) -> None:
-    """Start a job that is told to end when its log says this, and see that it is not queued up again."""
-    job = submit(1)
-    wait_until(lambda: moment in (directory / "log").read_text(), directory)
-    (task,) = (directory / "tasks").read_text().split()
-    os.kill(int(task), signal.SIGTERM)
+def test_several_processes_that_gain_nothing(submit, tmp_path):
+    """Once they have found each other, and before they train, the signal is heard as well."""
+    end_at(submit, tmp_path, "Process 0 of 2", "Process 1 of 2", num_tasks=2)
+    assert (tmp_path / "log").read_text().count("interrupted before training began; nothing to save") == 2
+    assert not (tmp_path / "out").exists()
+
+
+def end_at(submit, directory: Path, *moments: str, num_tasks: int = 1) -> None:
+    """Start a job that is told to end when its log says all of this, and see that it is not queued up again."""
+    job = submit(num_tasks)
+    wait_until(lambda: all(moment in (directory / "log").read_text() for moment in moments), directory)
+    for task in (directory / "tasks").read_text().split():
+        os.kill(int(task), signal.SIGTERM)
     assert job.wait(timeout=300) == 1, (directory / "log").read_text()
     assert not (directory / "asked").exists()
 
