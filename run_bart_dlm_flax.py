@@ -86,6 +86,7 @@ class DataTrainingArguments(arguments.DataArguments):
 
     token_depths: ClassVar[tuple[int, ...]] = (1, 2)
     writes_text: ClassVar[bool] = True
+    noise: ClassVar[tuple[str, ...]] = ("mlm_probability", "permute_sentence_ratio", "poisson_lambda")
 
     train_ref_file: str | None = field(default=None, metadata={"help": "Accepted for old commands; spans ignore words."})
     validation_ref_file: str | None = field(default=None, metadata={"help": "The same for validation_file."})

@@ -86,6 +86,7 @@ class DataTrainingArguments(arguments.DataArguments):
     row_length_flag: ClassVar[str] = "block_size"
     cuts_row_length: ClassVar[bool] = True
     writes_text: ClassVar[bool] = True
+    noise: ClassVar[tuple[str, ...]] = ("fim_spm_rate",)
     limits: ClassVar = {"fim_rate": (0, 1), "fim_spm_rate": (0, 1)}
 
     block_size: int | None = field(

@@ -26,7 +26,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 try:
     import flaxlm
@@ -86,6 +86,8 @@ from flaxlm import (
 @dataclass
 class DataTrainingArguments(arguments.DataArguments):
     """What to train on, and how rows are made and masked."""
+
+    noise: ClassVar[tuple[str, ...]] = ("mlm_probability",)
 
     train_ref_file: str | None = field(
         default=None,

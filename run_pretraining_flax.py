@@ -86,6 +86,7 @@ class DataTrainingArguments(arguments.DataArguments):
     """What to train on, how pairs are made of it, and how they are masked."""
 
     token_depths: ClassVar[tuple[int, ...]] = (2,)
+    noise: ClassVar[tuple[str, ...]] = ("mlm_probability", "max_predictions_per_seq")
     limits: ClassVar = {"max_predictions_per_seq": (1, math.inf), "dupe_factor": (1, math.inf)}
 
     use_auth_token: bool = field(

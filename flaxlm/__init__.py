@@ -73,7 +73,8 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 def begin(version: str, script: str, as_program: bool) -> None:
     """First thing in a script: is this the version of the package that it was written for?
 
-    As a program it also ends at Ctrl-C from here on: the libraries take seconds to import, and jax swallows some interrupts.
+    As a program it also ends at Ctrl-C and SIGTERM from here on: the libraries take seconds to import, and jax swallows some
+    interrupts.
     """
     name = os.path.basename(script)
     if version != __version__:
@@ -82,10 +83,16 @@ def begin(version: str, script: str, as_program: bool) -> None:
         print(f"{name}: error: needs the package flaxlm {version}, and {place} is {__version__}: {advice}", file=sys.stderr)
         raise SystemExit(2)
     if as_program:
-        signal.signal(signal.SIGINT, lambda *_: end_at_once(name))
+        for signum in STATUS_BEFORE_TRAINING:
+            signal.signal(signum, lambda signum, _: end_at_once(name, signum))
 
 
-def end_at_once(name: str) -> None:
-    """End the program here and now, with the exit status of an interrupt."""
-    os.write(2, f"{name}: interrupted before training began; nothing to save\n".encode())
-    os._exit(128 + signal.SIGINT)
+INTERRUPTED = "interrupted before training began; nothing to save"
+# After SIGTERM not 143, with which runs end that have saved what they gained: a scheduler would start this one for ever.
+STATUS_BEFORE_TRAINING = {signal.SIGINT: 128 + signal.SIGINT, signal.SIGTERM: 1}
+
+
+def end_at_once(name: str, signum: int) -> None:
+    """End the program here and now, with the exit status of one that has gained nothing."""
+    os.write(2, f"{name}: {INTERRUPTED}\n".encode())
+    os._exit(STATUS_BEFORE_TRAINING[signum])

@@ -155,8 +155,9 @@ class TrainingArguments:
     resume_changes: str | None = field(
         default=None,
         metadata={
+            "nargs": "+",
             "help": "Flags that may differ from those of the checkpoint, as max_steps,learning_rate: the run goes on with the "
-            "new ones, knowingly otherwise than an uninterrupted one would."
+            "new ones, knowingly otherwise than an uninterrupted one would.",
         },
     )
     load_best_model_at_end: bool = field(
@@ -249,6 +250,7 @@ class DataArguments:
     token_depths: ClassVar[tuple[int, ...]] = (1,)  # how data may be tokenised already, as in files.DEPTHS
     cuts_row_length: ClassVar[bool] = False  # what happens if it is more than the model can take: cut or refused
     writes_text: ClassVar[bool] = False  # can its models continue a text, for generate_samples?
+    noise: ClassVar[tuple[str, ...]] = ()  # flags of the objective that leave the rows as they are, and act on batches of them
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # of the objective's own flags, as in LIMITS
 
     dataset_name: str | None = field(

@@ -301,7 +301,7 @@ def check_progress(progress: Any) -> None:
             for step, metrics in progress["evaluations"].items()
         ),
         "rows_by_corpus": isinstance(rows_by_corpus, dict) and holds_numbers(rows_by_corpus.values()),
-        "positions": len(positions) == jax.process_count() and all(p is None or isinstance(p, dict) for p in positions),
+        "positions": len(positions) > 0 and all(p is None or isinstance(p, dict) for p in positions),
     }
     for name, is_right in parts.items():
         if not is_right:

@@ -27,6 +27,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import HfArgumentParser
 
+import flaxlm
+
 logger = logging.getLogger("flaxlm")  # for scripts; the modules' own loggers are its children
 
 
@@ -103,8 +105,9 @@ def run(main: Callable[[], Any], script: str) -> int:
         with interruptible(name):
             main()
         return 0
-    except KeyboardInterrupt:
-        status, line = 128 + signal.SIGINT, INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        signum = next(iter(interrupt.args), signal.SIGINT)
+        status, line = flaxlm.STATUS_BEFORE_TRAINING[signum], flaxlm.INTERRUPTED
     except Exception as error:
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
@@ -117,12 +120,10 @@ def run(main: Callable[[], Any], script: str) -> int:
     return status
 
 
-INTERRUPTED = "interrupted before training began; nothing to save"
-
-
 @contextlib.contextmanager
 def interruptible(name: str) -> Iterator[None]:
-    """Within this context Ctrl-C raises KeyboardInterrupt and, should a library swallow that, ends the program all the same.
+    """Within this context Ctrl-C and SIGTERM raise KeyboardInterrupt and, should a library swallow that, end the program all
+    the same.
 
     jax calls Python back from garbage collection, where an exception is printed and forgotten. Training has a handler of its
     own in place of this one (processes.StopSignal).
@@ -130,27 +131,29 @@ def interruptible(name: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    owner, timers = os.getpid(), []
+    owner, timers, received = os.getpid(), [], []
 
     def handle(signum: int, frame) -> None:
         if os.getpid() != owner:  # a process that tokenises: its owner has been interrupted as well
             os._exit(128 + signum)
-        timers.append(threading.Timer(1.0, end_at_once))
+        received.append(signum)
+        timers.append(threading.Timer(1.0, flaxlm.end_at_once, [name, signum]))
         timers[-1].daemon = True
         timers[-1].start()
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(signum)
 
-    def end_at_once() -> None:
-        os.write(2, f"{name}: {INTERRUPTED}\n".encode())
-        os._exit(128 + signal.SIGINT)
-
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {signum: signal.signal(signum, handle) for signum in flaxlm.STATUS_BEFORE_TRAINING}
     try:
         yield
+    except Exception as error:
+        if received:  # a library has made this of it
+            raise KeyboardInterrupt(received[0]) from error
+        raise
     finally:
         for timer in timers:
             timer.cancel()
-        signal.signal(signal.SIGINT, previous)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def end(status: int) -> NoReturn:
@@ -160,6 +163,8 @@ def end(status: int) -> NoReturn:
     taken apart. The exit functions of libraries are called, since they remove temporary files, but not waited for either; one
     that hangs and lets no other thread run, so that the timer cannot either, is ended by faulthandler, with status 1.
     """
+    for signum in flaxlm.STATUS_BEFORE_TRAINING:  # what comes now comes too late to say anything
+        signal.signal(signum, signal.SIG_DFL)
     timer = threading.Timer(5.0, os._exit, [status])
     timer.daemon = True
     timer.start()

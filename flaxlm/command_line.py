@@ -53,8 +53,9 @@ def parse(
     args = arguments.Arguments(*parser.parse(argv))
     if "logging_steps" not in parser.given:
         args.training.least_log_lines = 10
-    if isinstance(args.training.report_to, list):  # as argparse gives several words
-        args.training.report_to = " ".join(args.training.report_to)
+    for name in ("report_to", "resume_changes"):
+        if isinstance(words := getattr(args.training, name), list):  # as argparse gives several
+            setattr(args.training, name, " ".join(words))
     args.training.output_dir = os.path.expanduser(args.training.output_dir)
     if not (args.training.do_train or args.training.do_eval):
         args.training.do_train = args.training.do_eval = True
@@ -290,8 +291,7 @@ def check_output_dir(training_args: arguments.TrainingArguments) -> None:
     if os.path.exists(path) and not os.path.isdir(path):
         cli.fail(f"--output_dir {path}: is a file; name a directory")
     outputs.check_free(training_args)
-    occupied = os.path.isdir(path) and os.listdir(path)
-    if not (training_args.do_train and occupied) or training_args.overwrite_output_dir:
+    if not (training_args.do_train and outputs.is_occupied(path)) or training_args.overwrite_output_dir:
         return
     if training_args.resume_from_checkpoint == outputs.AUTO:
         outputs.check_resumable(path)

@@ -72,14 +72,15 @@ class Hub:
         while self.thread and self.thread.is_alive():
             self.thread.join(0.2)
             if stop and stop.requested != before:
-                raise processes.Stopped(stop.requested, f"the files are all here, to upload them: {self.by_hand()}")
+                advice = f"the files are all here, to upload them: {self.by_hand()}"
+                raise processes.Stopped(stop.requested, advice, stop.has_gained)
 
     def snapshot(self, step: int) -> tempfile.TemporaryDirectory:
         """The files to upload as they are now: linked, since training replaces them whole; events copied, since they grow."""
         source = Path(self.args.output_dir)
         snapshot = tempfile.TemporaryDirectory(dir=source, prefix=".saving-")
         for path in source.iterdir():
-            if path.is_file() and not path.name.startswith(".saving-"):
+            if path.is_file() and not path.name.startswith((".saving-", outputs.LOCK_FILE)):
                 copy_file = shutil.copy2 if path.name.startswith("events.out.tfevents") else os.link
                 copy_file(path, os.path.join(snapshot.name, path.name))
         checkpoint = outputs.checkpoint_path(self.args.output_dir, step)

@@ -3,11 +3,13 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from flaxlm import arguments, batches, cli, optimizers
 
@@ -33,6 +35,8 @@ STEPS = "the number of steps (--max_steps, --num_train_epochs)"
 WARMUP = "the number of warmup steps (--warmup_steps, --warmup_ratio)"
 BATCH = "the batch size (--per_device_train_batch_size x devices x --gradient_accumulation_steps)"
 DATA = "the training data (checksum)"
+VOCABULARY = "the tokenizer's vocabulary (checksum)"
+FIELD = "the configuration's "
 # Flags that decide what of a run has these names, for --resume_changes.
 CHANGED_BY = {
     STEPS: ("max_steps", "num_train_epochs"),
@@ -57,54 +61,75 @@ class Identity(NamedTuple):
     plan: batches.Plan
 
 
-def of_run(args: arguments.Arguments, config: PretrainedConfig, plan: batches.Plan, data: Any) -> Identity:
+def of_run(
+    args: arguments.Arguments,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: batches.Plan,
+    data: Any,
+) -> Identity:
     """`data` tells the rows that are trained on from others."""
     flags = {f"--{name}": value for name, value in arguments.public(*args).items() if name not in FREE_FLAGS}
     configuration = {
-        f"the configuration's {name}": value
+        f"{FIELD}{name}": value
         for name, value in json.loads(config.to_json_string(use_diff=False)).items()
         if name not in ("transformers_version", "_name_or_path", "architectures", "torch_dtype", "dtype")
     }
-    sizes = {STEPS: plan.num_steps, WARMUP: plan.num_warmup_steps, BATCH: plan.train_batch_size, DATA: data}
-    return Identity({**flags, **configuration, **sizes}, args, plan)
+    vocabulary = zlib.crc32(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    # Each behind what it may follow from.
+    sizes = {BATCH: plan.train_batch_size, DATA: data, STEPS: plan.num_steps, WARMUP: plan.num_warmup_steps}
+    return Identity({**flags, **configuration, VOCABULARY: vocabulary, **sizes}, args, plan)
 
 
 def compare(saved: Mapping[str, Any], current: Identity, step: int, path: str) -> dict[str, list]:
     """What differs from the run that made a checkpoint after so many steps, {name: [then, now]}: all of it was allowed to.
 
     Nothing needs to be allowed if the result so far is what the current flags would have given. Anything else ends the
-    program with a line that names it.
+    program with a line that names it, and all that would have to be allowed.
     """
     if current.plan.num_steps < step:
         cli.fail(f"{STEPS} is {current.plan.num_steps}, but {path} is after step {step} already; give at least as many")
-    allowed = set(named(current.args.training.resume_changes))
-    saved = defaults(current.args) | dict(saved)  # flags that came later were not set
-    # The data comes last: its flags are before it.
+    # Flags that came later were not set; nor was the vocabulary noted always.
+    saved = defaults(current.args) | {VOCABULARY: current.values[VOCABULARY]} | dict(saved)
     different = [name for name in [*current.values, *(saved.keys() - current.values.keys())]
                  if saved.get(name) != current.values.get(name)]  # fmt: skip
-    changes = {}
-    has_same_rates = not SCHEDULE.isdisjoint(different) and np.array_equal(
-        rates(current.values, current, step), rates(saved, current, step)
-    )
+    if not SCHEDULE.isdisjoint(different) and np.array_equal(rates(current.values, current, step), rates(saved, current, step)):
+        different = [name for name in different if name not in SCHEDULE]
+    changes, given = {}, arguments.changed_values(*current.args)
+    allowed, refused, needed = set(named(current.args.training.resume_changes)), [], []
     for name in different:
-        then, now = saved.get(name), current.values.get(name)
-        if has_same_rates and name in SCHEDULE:
-            continue
-        follows = name == DATA and changes_text(changes, current.args.data)  # from what was allowed
-        if not (follows or allowed.intersection(flags_of(name))):
-            cli.fail(
-                f"{name} is {now}, but {path} was made with {then}: going on would not give what an uninterrupted run gives;"
-                f" restore it, {remedy(name)}, or start anew with --overwrite_output_dir in place of the flag"
-            )
-        changes[name] = [then, now]
+        if not follows(name, changes, saved, current):
+            flags = flags_of(name)
+            # That which is named already or else was given, of several that would do.
+            needed += sorted(flags, key=lambda flag: (flag not in allowed, flag not in given))[:1]
+            refused += [name] if allowed.isdisjoint(flags) else []
+        changes[name] = [saved.get(name), current.values.get(name)]
+    for name in sorted(refused, key=lambda name: bool(flags_of(name)))[:1]:  # first what nothing allows
+        then, now = changes[name]
+        cli.fail(
+            f"{name} is {now}, but {path} was made with {then}: going on would not give what an uninterrupted run gives;"
+            f" restore it, {remedy(name, needed)}, or start anew with --overwrite_output_dir in place of the flag"
+        )
     return changes
 
 
-def remedy(name: str) -> str:
-    """What else there is to do about a difference."""
-    if flags := flags_of(name):
-        return f"allow it with --resume_changes {flags[0]}"
-    return "start a new run from the weights, with --model_name_or_path"
+def follows(name: str, changes: Mapping[str, list], saved: Mapping[str, Any], current: Identity) -> bool:
+    """Is the difference one that other changes make by themselves?"""
+    training_args = current.args.training
+    if name == DATA:
+        return changes_text(changes, current.args.data)
+    if name == STEPS:  # as many as there are in the epochs
+        return training_args.max_steps < 1 and (BATCH in changes or changes_text(changes, current.args.data))
+    ratio = 0.0 if training_args.warmup_steps else training_args.warmup_ratio
+    return name == WARMUP and STEPS in changes and saved[WARMUP] == math.ceil(ratio * saved[STEPS])
+
+
+def remedy(name: str, needed: Sequence[str]) -> str:
+    """What else there is to do about a difference, where so many flags have to be named to go on."""
+    if flags_of(name):
+        return f"allow it with --resume_changes {','.join(dict.fromkeys(needed))}"
+    config = f" and a --config_name in which {name.removeprefix(FIELD)} is as you want it" if name.startswith(FIELD) else ""
+    return f"start a new run from the weights, with --model_name_or_path{config}"
 
 
 def flags_of(name: str) -> tuple[str, ...]:
@@ -115,11 +140,14 @@ def flags_of(name: str) -> tuple[str, ...]:
     return () if flag == name or flag in FIXED else (flag,)
 
 
+ALIASES = {"num_train_steps": "max_steps", "dataset_path": "dataset_name"}
+
+
 def named(resume_changes: str | None) -> Iterator[str]:
     """The flags of --resume_changes, however they are spelled."""
-    for name in (resume_changes or "").split(","):
-        if stripped := name.strip().removeprefix("--").replace("-", "_"):
-            yield "max_steps" if stripped == "num_train_steps" else stripped
+    for name in (resume_changes or "").replace(",", " ").split():
+        flag = name.removeprefix("--").replace("-", "_")
+        yield ALIASES.get(flag, flag)
 
 
 def check_changes(args: arguments.Arguments) -> None:
@@ -128,8 +156,10 @@ def check_changes(args: arguments.Arguments) -> None:
         return
     if not args.training.resume_from_checkpoint:
         cli.fail("--resume_changes: says what may differ from a checkpoint; add --resume_from_checkpoint")
-    flags = arguments.public(*args)
-    for name in named(args.training.resume_changes):
+    flags, names = arguments.public(*args), list(named(args.training.resume_changes))
+    if not names:
+        cli.fail(f"--resume_changes {args.training.resume_changes!r}: names no flag; give names as max_steps,learning_rate")
+    for name in names:
         if name not in flags:
             cli.fail(f"--resume_changes {name}: no such flag; give names as max_steps,learning_rate")
         if name in FIXED:
@@ -145,7 +175,8 @@ OF_THE_MODEL = {"config_name", "config_overrides", "model_type", "model_name_or_
 
 def changes_text(changes: Mapping[str, list], data_args: arguments.DataArguments) -> bool:
     """May what has changed make other rows of the same stream, or another stream? Then no position in it is of use."""
-    return any(hasattr(data_args, name.removeprefix("--")) or name in (DATA, "--seed") for name in changes)
+    flags = {name.removeprefix("--") for name in changes} - set(data_args.noise)
+    return any(hasattr(data_args, flag) or flag in (DATA, "seed") for flag in flags)
 
 
 def defaults(args: arguments.Arguments) -> dict[str, Any]:

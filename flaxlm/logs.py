@@ -135,7 +135,8 @@ class TrainingLog:
         """Write the window since the last line: means weighted by labels on the log line, every step to the reporters."""
         seconds = self.stopwatch.seconds()
         last = self.window[-1]
-        losses = [name for name in last if name == "loss" or name.endswith("_loss")]  # the whole, then parts if it has some
+        # The whole, then its parts if it has some; a resumed run that was told to may have others than before.
+        losses = [name for name in last if is_loss(name) and all(name in point for point in self.window)]
         sums = {name: sum(point[name] * point["weight"] for point in self.window) for name in losses}
         loss_sum, weight_sum = sums["loss"], sum(point["weight"] for point in self.window)
         num_tokens = sum(point["tokens"] for point in self.window)
@@ -158,8 +159,8 @@ class TrainingLog:
         )  # fmt: skip
         if self.points:
             for point in self.window:
-                values = {f"train_{name}": point[name] for name in (*losses, "learning_rate", "grad_norm")}
-                self.points.add(point["step"], values)
+                named = (*filter(is_loss, point), "learning_rate", "grad_norm")
+                self.points.add(point["step"], {f"train_{name}": point[name] for name in named})
             self.points.add(step, measured)
             self.points.add(step, {f"train_share/{name}": share for name, share in self.shares().items()})
             self.points.flush(through=step)
@@ -201,6 +202,10 @@ class TrainingLog:
             "train_steps": num_steps,
             "train_tokens_per_second": self.num_tokens / max(seconds, 1e-9),
         }
+
+
+def is_loss(name: str) -> bool:
+    return name == "loss" or name.endswith("_loss")
 
 
 def log_plan(plan: batches.Plan, data: corpus.Corpus, row_length: int, params: Any) -> None:

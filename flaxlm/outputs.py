@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What lies in output_dir: whose it is, making it ready, checkpoints in it."""
 
+import contextlib
 import json
 import logging
 import os
@@ -31,33 +32,42 @@ class OutputDir:
         self.args, self.path, self.lock = training_args, training_args.output_dir, None
         with processes.main_first():
             if processes.is_main():
-                self.create()
+                create(self.path)
                 self.lock = lock(self.path, patience(training_args))
+                if self.lock is None:
+                    logger.warning("%s cannot be locked: nothing keeps another run from writing there too.", self.path)
                 if training_args.do_train:
                     refuse_files_of_others(self.path)
         if training_args.resume_from_checkpoint == AUTO:  # decided here, where nobody else can change what is there
-            goes_on = processes.gather_json(processes.is_main() and bool(found_checkpoints(self.path)))[0]
+            goes_on = training_args.do_train and bool(processes.is_main() and found_checkpoints(self.path))
+            goes_on = processes.gather_json(goes_on)[0]
             training_args.resume_from_checkpoint = "latest" if goes_on else None
-            logger.info("Going on from a checkpoint." if goes_on else "There is no checkpoint to go on from: starting.")
+            if training_args.do_train:
+                logger.info("Going on from a checkpoint." if goes_on else "There is no checkpoint to go on from: starting.")
         if processes.is_main():
             remove(stale_files(training_args))
 
-    def create(self) -> None:
-        try:
-            os.makedirs(self.path, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-        except OSError as error:
-            cli.fail(f"--output_dir {self.path}: cannot be written to: {error.strerror}")
-
     def close(self) -> None:
         if self.lock is not None:
-            os.close(self.lock)
+            release(self.lock, self.path)
             self.lock = None
 
 
+def create(directory: str) -> None:
+    """Make a directory if need be; one that cannot be written to is refused."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        cli.fail(f"--output_dir {directory}: cannot be written to: {error.strerror}")
+
+
+# ---- The lock ------------------------------------------------------------------------------------------------------------
+
 AUTO = "auto"  # --resume_from_checkpoint: go on if there is a checkpoint, else start
 PATIENCE = 60.0  # seconds that a run with AUTO waits for the one before it, which may be saving
+LOCK_FILE = ".lock"  # where a directory itself cannot be locked, as on NFS; it says nothing by being there
 
 
 def patience(training_args: arguments.TrainingArguments) -> float:
@@ -65,38 +75,78 @@ def patience(training_args: arguments.TrainingArguments) -> float:
 
 
 def lock(directory: str, patience: float = 0.0, shared: bool = False) -> int | None:
-    """Hold a directory until the descriptor is closed, or the process dies; None where the system has no such locks.
+    """Hold a directory until `release`, or the process dies; None where the system has no such locks.
 
-    Where another run holds it that is waited for as many seconds as `patience` says. `shared` lets others in that are too.
+    Where another run holds it that is waited for as many seconds as `patience` says; one that is removed meanwhile is made
+    again. `shared` lets others in that are too, and makes nothing.
     """
-    if fcntl is None:
-        return None
-    descriptor, said = os.open(directory, os.O_RDONLY), False
-    deadline = time.monotonic() + max(patience, 0.5)  # who only asks holds it for a moment
+    deadline, said = time.monotonic() + max(patience, 0.5), False  # who only asks holds it for a moment
     while True:
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            return descriptor
+            return try_to_lock(directory, shared)
+        except FileNotFoundError:
+            if shared:
+                return None
+            create(directory)
+            continue
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                os.close(descriptor)
                 waited = f", after {patience:.0f} seconds still" if patience else ""
                 remedy = "wait for its end, or name another directory"
                 cli.fail(f"--output_dir {directory}: another run is writing there{waited}; {remedy}")
-        except OSError:  # some network file systems
-            os.close(descriptor)
-            return None
         if patience and not said:
             logger.info("Another run is writing to %s: waiting up to %.0f seconds for its end ...", directory, patience)
             said = True
         time.sleep(0.1)
 
 
+def try_to_lock(directory: str, shared: bool) -> int | None:
+    """As `lock`, and at once.
+
+    Raises:
+        BlockingIOError: another run holds it.
+        FileNotFoundError: it is not there.
+    """
+    if fcntl is None:
+        return None
+    for path, flags in ((directory, os.O_RDONLY), (os.path.join(directory, LOCK_FILE), os.O_RDWR | os.O_CREAT)):
+        try:
+            descriptor = os.open(path, flags, 0o666)
+        except FileNotFoundError:
+            raise
+        except OSError:  # a file where nothing may be written
+            continue
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                raise FileNotFoundError  # removed, and made anew by somebody else
+            return descriptor
+        except (BlockingIOError, FileNotFoundError):
+            os.close(descriptor)
+            raise
+        except OSError:  # of this kind there are no locks here
+            os.close(descriptor)
+    return None
+
+
+def release(descriptor: int, directory: str) -> None:
+    """Let others have it; a file that was locked goes, while it still is."""
+    path = os.path.join(directory, LOCK_FILE)
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            os.unlink(path)
+    os.close(descriptor)
+
+
 def check_free(training_args: arguments.TrainingArguments) -> None:
     """Refuse a directory that another run holds, before anything is loaded; processes of one run may all ask at a time."""
     directory = training_args.output_dir
-    if os.path.isdir(directory) and (descriptor := lock(directory, patience(training_args), shared=True)) is not None:
-        os.close(descriptor)
+    if (descriptor := lock(directory, patience(training_args), shared=True)) is not None:
+        release(descriptor, directory)
+
+
+def is_occupied(directory: str) -> bool:
+    return os.path.isdir(directory) and not {LOCK_FILE}.issuperset(os.listdir(directory))
 
 
 def check_resumable(directory: str) -> None:

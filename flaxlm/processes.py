@@ -35,6 +35,9 @@ def join(training_args: arguments.TrainingArguments) -> None:
         jax.distributed.initialize(address, training_args.num_processes, training_args.process_id)
     except (ValueError, RuntimeError) as error:
         cli.fail(f"--multihost: the processes do not find each other: {cli.first_line(error)}")
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGTERM, handler)  # jax has put one in its place that only takes notice
     logger.info("Process %d of %d, with %d device(s)", jax.process_index(), jax.process_count(), jax.local_device_count())
     if jax.process_index() > 0:
         cli.logger.setLevel(logging.WARNING)
@@ -109,11 +112,11 @@ class StopSignal:
     """SIGTERM and SIGINT ask the run to save and end; a second SIGINT ends it at once.
 
     `promise` is what is said then that the run will do; who does something else for a while says so here. `advice` says at
-    the end how to go on.
+    the end how to go on. `has_gained` is set when a step has been made: the run is further than when it was started.
     """
 
     def __init__(self, advice: str = RESUME):
-        self.requested, self.previous, self.advice = 0, {}, advice
+        self.requested, self.previous, self.advice, self.has_gained = 0, {}, advice, False
         self.promise = "finishing the step, then saving"
 
     def __enter__(self) -> "StopSignal":
@@ -129,7 +132,7 @@ class StopSignal:
     def check(self, agreed: bool) -> None:
         """Raise Stopped if all processes agreed to stop; a single process has nobody to ask."""
         if agreed or (self.requested and jax.process_count() == 1):
-            raise Stopped(self.requested or signal.SIGTERM, self.advice)
+            raise Stopped(self.requested or signal.SIGTERM, self.advice, self.has_gained)
 
     def handle(self, signum: int, frame) -> None:
         if self.requested and signum == signal.SIGINT:
@@ -139,8 +142,12 @@ class StopSignal:
 
 
 class Stopped(cli.Ending):
-    """The run was told to stop, and all processes know it."""
+    """The run was told to stop, and all processes know it.
 
-    def __init__(self, signum: int, advice: str = RESUME):
-        super().__init__(f"stopped as asked; {advice}")
-        self.status = 128 + signum
+    By a scheduler, before it made a step, it ends as something that failed: started again, it would get no further.
+    """
+
+    def __init__(self, signum: int, advice: str = RESUME, has_gained: bool = True):
+        for_nothing = signum == signal.SIGTERM and not has_gained
+        super().__init__(f"stopped as asked{', before its first step: it needs more time' if for_nothing else ''}; {advice}")
+        self.status = 1 if for_nothing else 128 + signum

@@ -3,7 +3,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -34,7 +34,13 @@ from flaxlm import (
 
 
 def how_to_go_on(training_args: arguments.TrainingArguments) -> str:
-    return processes.AGAIN if training_args.resume_from_checkpoint == outputs.AUTO else processes.RESUME
+    is_the_same = training_args.resume_from_checkpoint == outputs.AUTO or not training_args.do_train
+    return processes.AGAIN if is_the_same else processes.RESUME
+
+
+def steps_in(directory: str) -> list[int]:
+    """The steps of its checkpoints."""
+    return [step for step, _ in outputs.find_checkpoints(directory)]
 
 
 class Run:
@@ -75,6 +81,7 @@ class Run:
         self.state: sharding.TrainState | None = None
         self.step, self.position = 0, None
         self.evaluations: dict[int, dict[str, float]] = {}
+        self.lost: set[int] = set()  # of those the steps whose states are not there, as where nobody asked for the best
         self.changes: list[dict[str, Any]] = []  # of flags in resumed runs, each with the step at which it was made
         self.samples: dict[int, list[generation.Sample]] = {}
         self.results: dict[str, float] = {}
@@ -95,7 +102,7 @@ class Run:
     def start(self, state: sharding.TrainState) -> sharding.TrainState:
         """The state to train from: the one given or, with --resume_from_checkpoint, the one of a checkpoint."""
         training_args, progress = self.args.training, None
-        current = identity.of_run(self.args, self.model.config, self.plan, self.data.identity)
+        current = identity.of_run(self.args, self.model.config, self.tokenizer, self.plan, self.data.identity)
         self.saver = checkpoints.Saver(training_args, self.model, self.tokenizer, current.values, self.hub)
         if training_args.resume_from_checkpoint:
             resume_from, output_dir = training_args.resume_from_checkpoint, training_args.output_dir
@@ -110,24 +117,31 @@ class Run:
             self.log.resume(progress)
             self.take_up_samples(progress)
         self.state, self.step = state, int(state.step)
+        if self.is_over() and self.step < self.plan.num_steps:
+            self.tell_why_it_is_over("; a higher --early_stopping_patience goes on from here")
         return state
 
     def resume(self, progress: Mapping[str, Any], path: str) -> None:
         """Take up what a checkpoint tells of the run."""
         cli.logger.info("Resuming after step %d", progress["step"])
         self.evaluations = {int(step): metrics for step, metrics in progress["evaluations"].items()}
-        self.position, self.changes = progress["positions"][self.plan.process_index], progress["changes"]
+        positions, self.changes = progress["positions"], progress["changes"]
+        # Another number of processes has other parts of a stream, which is another one then.
+        self.position = positions[self.plan.process_index] if len(positions) == self.plan.num_processes else None
         for change in self.changes[-1:] if self.changes and self.changes[-1]["step"] == progress["step"] else []:
             for name, (then, now) in change["changes"].items():
                 cli.logger.warning("%s is %s from here on, it was %s (--resume_changes).", name, now, then)
-            if self.position and identity.changes_text(change["changes"], self.args.data):
+            if any(positions) and identity.changes_text(change["changes"], self.args.data):
                 cli.logger.warning("The stream of texts is another one: it is read from its beginning.")
                 self.position = None
         self.saver.resume(progress["step"])
         self.profile.resume(progress["step"])
         if self.args.training.load_best_model_at_end:
-            best_step = selection.best_step(self.args.training, self.evaluations)
-            checkpoints.take_along(best_step, os.path.dirname(path), self.args.training.output_dir)
+            source, output_dir = os.path.dirname(path), self.args.training.output_dir
+            self.lost = self.evaluations.keys() - set(processes.gather_json(steps_in(source) + steps_in(output_dir))[0])
+            if self.best_step() != (best := self.best_of(self.evaluations)):
+                cli.logger.warning("The state of the best evaluation so far, step %s, was not kept.", best)
+            checkpoints.take_along(self.best_step(), source, output_dir)
 
     def measure(self, script: estimates.Script) -> None:
         """Count the model's arithmetic, so that the log tells how much of the devices' speed it uses, if that is known.
@@ -178,7 +192,7 @@ class Run:
 
     def end_step(self, state: sharding.TrainState, metrics: Mapping[str, jax.Array], batch: batches.DeviceBatch) -> None:
         """Take what a step gave. Its metrics are fetched at the next step, or now if something is due, which is not timed."""
-        self.step, self.state, self.position = self.step + 1, state, batch.position
+        self.step, self.state, self.position, self.stop.has_gained = self.step + 1, state, batch.position, True
         self.profile.end(self.step, state, self.log.stopwatch)
         self.log.add(self.step, metrics, batch.num_tokens, batch.rows_by_corpus)
         if self.is_due("eval") or self.is_due("save"):
@@ -206,8 +220,13 @@ class Run:
         return self.step in self.evaluations and selection.should_stop(self.args.training, self.evaluations)
 
     def best_step(self) -> int | None:
-        """The step of the best evaluation so far."""
-        return selection.best_step(self.args.training, self.evaluations)
+        """The step of the best evaluation so far whose state can be had."""
+        return self.best_of(self.evaluations.keys() - self.lost)
+
+    def best_of(self, steps: Iterable[int]) -> int | None:
+        """The one of these steps whose evaluation was the best."""
+        there = {step: self.evaluations[step] for step in steps if step in self.evaluations}
+        return selection.best_step(self.args.training, there)
 
     def report(self, metrics: dict[str, float], samples: Sequence[generation.Sample] = ()) -> None:
         """Note the metrics of an evaluation, and what the model wrote, in the log and to the reporters."""
@@ -221,11 +240,14 @@ class Run:
             points.add(self.step, metrics)
             points.flush(through=None if self.log.window else self.step)  # a window is written at its log line
         if self.is_over() and self.saver:
-            best = self.best_step()
-            line = "Stopping early: %d evaluation(s) in a row not better; the best %s was %.4f, at step %s"
-            name = selection.metric_name(self.args.training)
-            patience = self.args.training.early_stopping_patience
-            cli.logger.info(line, patience, name[5:], self.evaluations.get(best, {}).get(name, float("nan")), best)
+            self.tell_why_it_is_over()
+
+    def tell_why_it_is_over(self, advice: str = "") -> None:
+        """That patience has run out, and what the best was."""
+        name, best = selection.metric_name(self.args.training), self.best_of(self.evaluations)
+        value = self.evaluations.get(best, {}).get(name, float("nan"))
+        line = "Stopping early: %d evaluation(s) in a row not better; the best %s was %.4f, at step %s%s"
+        cli.logger.info(line, self.args.training.early_stopping_patience, name[5:], value, best, advice)
 
     def report_samples(self, samples: list[generation.Sample], points: reporters.Reports | None) -> None:
         """Note what the model wrote: its beginning in the log, all of it in samples.json and to the reporters."""
@@ -266,7 +288,10 @@ class Run:
         positions = processes.gather_json(self.position)
         progress = {"positions": positions, "evaluations": self.evaluations, "changes": self.changes}
         progress["samples"] = {step: [list(sample) for sample in samples] for step, samples in self.samples.items()}
-        best_step = self.best_step() if self.args.training.load_best_model_at_end else None
+        best_step = None
+        if self.args.training.load_best_model_at_end:
+            self.saver.wait()  # a save that failed has left nothing that could be kept
+            best_step = self.best_of([*steps_in(self.args.training.output_dir), self.step])
         self.saver.save(self.step, self.state, self.log.progress() | progress, best_step)
 
     def finish(self) -> None:
@@ -293,15 +318,13 @@ class Run:
 
     def choose(self) -> int:
         """Make the best weights the model, of those that were evaluated and are still there; the step they are of."""
-        there = {step for step, _ in outputs.find_checkpoints(self.args.training.output_dir)}
-        kept = {step: metrics for step, metrics in self.evaluations.items() if step in there}
-        kept = processes.gather_json(list(kept))[0]  # process 0 may remove some while others look
-        chosen = selection.best_step(self.args.training, {step: self.evaluations[step] for step in kept})
+        # Process 0 may remove some while others look.
+        chosen = self.best_of(processes.gather_json(steps_in(self.args.training.output_dir))[0])
         if chosen is None:
             cli.logger.warning("No evaluation of a state that was saved gave a number: the model is that of the last step.")
             return self.step
-        if chosen != self.best_step():
-            cli.logger.warning("The state of the best evaluation, step %s, was not saved.", self.best_step())
+        if chosen != (best := self.best_of(self.evaluations)):
+            cli.logger.warning("The state of the best evaluation, step %s, was not saved.", best)
         if chosen != self.step:
             self.saver.choose(chosen, self.state.params)
             self.write_samples(chosen)

@@ -35,14 +35,17 @@ def score(training_args: arguments.TrainingArguments, metrics: Mapping[str, floa
 
 
 def num_without_improvement(training_args: arguments.TrainingArguments, evaluations: Evaluations) -> int:
-    """How many evaluations, the last ones, were not better than the best before them by `early_stopping_threshold`."""
-    best, count = -math.inf, 0
+    """How many evaluations, the last ones, were not better than the best before them by `early_stopping_threshold`.
+
+    The first has none before it and never counts.
+    """
+    best, count = -math.inf, -1
     for step in sorted(evaluations):
         found = score(training_args, evaluations[step])
         is_better = found > best and not found - best <= training_args.early_stopping_threshold
         count = 0 if is_better else count + 1
         best = max(best, found) if not math.isnan(found) else best
-    return count
+    return max(count, 0)
 
 
 def should_stop(training_args: arguments.TrainingArguments, evaluations: Evaluations) -> bool:

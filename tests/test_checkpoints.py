@@ -298,21 +298,21 @@ def test_killed_while_saving_and_while_training(start, train, expected, tmp_path
 
 
 def test_signals_save_and_say_how_to_go_on(start, train, expected, tmp_path):
-    """SIGTERM while the step is compiled, then SIGINT in training: status 128 + signal, one line, and nothing lost."""
+    """SIGTERM while the step is compiled, when nothing is gained yet; then SIGINT in training: one line, and nothing lost."""
     output_dir = tmp_path / "run"
-    advice = "run_mlm_flax.py: stopped as asked; to go on, run the same command with --resume_from_checkpoint"
+    advice = "; to go on, run the same command with --resume_from_checkpoint"
     process = start(output_dir)
     process.wait_for("Compiling the training step")
     process.send(signal.SIGTERM)
-    assert process.end() == 143
-    assert process.last_line() == advice
+    assert process.end() == 1
+    assert process.last_line() == f"run_mlm_flax.py: stopped as asked, before its first step: it needs more time{advice}"
     assert saved_steps(output_dir) == [0]
 
     process = start(output_dir, "--resume_from_checkpoint")
     process.wait_for("step 7 of 12")
     process.send(signal.SIGINT)
     assert process.end() == 130
-    assert process.last_line() == advice
+    assert process.last_line() == f"run_mlm_flax.py: stopped as asked{advice}"
     assert "Resuming after step 0" in process.said()
     assert saved_steps(output_dir)[-1] >= 7
 
@@ -609,8 +609,8 @@ def test_train_longer_before_the_decay_begins(train, error_of, tmp_path):
 
 def test_a_change_that_is_allowed_is_made_and_recorded(stopped, uninterrupted, train):
     """From its step on: until then the curve is the old one. It is told in run_info.json and the model card, once."""
-    changes = "max_steps,--learning-rate"
-    train(stopped, "--max_steps", 14, "--learning_rate", 2e-3, "--resume_from_checkpoint", "--resume_changes", changes)
+    flags = ["--max_steps", 14, "--learning_rate", 2e-3, "--resume_from_checkpoint", "--resume_changes"]
+    train(stopped, *flags, "max_steps,--learning-rate")
     found, rates = losses_of(stopped), dict(read_events(stopped)["train_learning_rate"])
     assert len(found) == 14
     assert found[:9] == losses_of(uninterrupted)[:9]  # the rate of step 9 shows in the loss of step 10
@@ -625,7 +625,7 @@ def test_a_change_that_is_allowed_is_made_and_recorded(stopped, uninterrupted, t
         in card
     )
     # The same command line again, as a requeued job has it: nothing differs from the newest checkpoint any more.
-    train(stopped, "--max_steps", 14, "--learning_rate", 2e-3, "--resume_from_checkpoint", "--resume_changes", changes)
+    train(stopped, *flags, "max_steps", "learning_rate")
     assert json.loads((stopped / "run_info.json").read_text())["resume_changes"] == told
 
 
@@ -653,6 +653,28 @@ def test_what_is_not_allowed_says_what_would_allow_it(change, advice, stopped_af
     assert files(stopped_after_8) == before
 
 
+@pytest.mark.parametrize("change", ["optimizer", "dropout"])
+def test_a_new_run_from_the_weights(change, stopped_after_8, common, error_of, capsys, tmp_path):
+    """What the line about an optimizer or a configuration advises, to the letter."""
+    flags, more = common[: common.index("--config_overrides")], []  # which weights would refuse
+    fields = json.loads((stopped_after_8 / "config.json").read_text())
+    if change == "optimizer":
+        more, advice = ["--optim", "lion"], "start a new run from the weights, with --model_name_or_path, or"
+    else:
+        fields["hidden_dropout_prob"], advice = 0.3, "and a --config_name in which hidden_dropout_prob is as you want it"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    flags[flags.index("--config_name") + 1] = tmp_path
+
+    def train(*where) -> None:
+        script.main([str(flag) for flag in [*flags, *more, *where]])
+
+    assert advice in error_of(train, "--output_dir", stopped_after_8, "--resume_from_checkpoint")
+    train("--output_dir", tmp_path / "new", "--model_name_or_path", stopped_after_8)
+    assert f"Loading weights from {stopped_after_8}" in capsys.readouterr().err
+    trained = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert trained["hidden_dropout_prob"] == (0.3 if change == "dropout" else 0.1)
+
+
 def test_changes_need_a_checkpoint(train, error_of, tmp_path):
     message = error_of(train, tmp_path / "new", "--resume_changes", "max_steps")
     assert "--resume_changes: says what may differ from a checkpoint; add --resume_from_checkpoint" in message
@@ -660,7 +682,7 @@ def test_changes_need_a_checkpoint(train, error_of, tmp_path):
 
 @pytest.mark.parametrize(
     "change", [["--mlm_probability", 0.3], ["--per_device_train_batch_size", 4], ["--max_grad_norm", 0.5], ["--seed", 3],
-               ["--weight_decay", 0.1], ["--max_train_samples", 30]], ids=lambda change: change[0],
+               ["--weight_decay", 0.1], ["--max_train_samples", 30], ["--z_loss", 0.1]], ids=lambda change: change[0],
 )  # fmt: skip
 def test_other_changes(change, stopped, train, uninterrupted):
     """Whatever the optimizer's state does not depend on may change: training goes on, otherwise than it would have."""
@@ -668,6 +690,35 @@ def test_other_changes(change, stopped, train, uninterrupted):
     found = losses_of(stopped)
     assert len(found) == 12
     assert found[:8] == losses_of(uninterrupted)[:8] != found[:8] + found[8:] != losses_of(uninterrupted)
+
+
+def test_a_loss_with_other_parts_than_before(stopped, train):
+    """z_loss is switched on within a log window, and off again within the next: each point has the parts that it had."""
+    allowed = ["--resume_from_checkpoint", "--resume_changes", "z_loss"]
+    train_until(train, stopped, 10, "--z_loss", 0.1, *allowed, "--logging_steps", 9)
+    train(stopped, *allowed)
+    points = read_events(stopped)
+    assert [step for step, _ in points["train_loss"]] == list(range(1, 13))
+    assert [step for step, _ in points["train_z_loss"]] == [9, 10]
+    told = json.loads((stopped / "run_info.json").read_text())["resume_changes"]
+    assert told == [{"step": 8, "changes": {"--z_loss": [0.0, 0.1]}}, {"step": 10, "changes": {"--z_loss": [0.1, 0.0]}}]
+
+
+def test_changes_one_after_the_other(stopped, start, train):
+    """There and back and there again, killed in between and started anew: the record has each one that was made."""
+    allowed = ["--save_steps", 1, "--resume_from_checkpoint", "auto", "--resume_changes", "learning_rate"]
+    train_until(train, stopped, 9, "--learning_rate", 2e-3, *allowed)
+    process = start(stopped, "--learning_rate", 3e-3, *allowed)  # told before it has saved anything
+    process.wait_for("Compiled the training step")
+    process.send(signal.SIGKILL)
+    process.end()
+    for path in stopped.glob("checkpoint-1?"):  # should it have been quicker
+        shutil.rmtree(path)
+    train_until(train, stopped, 10, *allowed)
+    train(stopped, "--learning_rate", 2e-3, *allowed)
+    told = json.loads((stopped / "run_info.json").read_text())["resume_changes"]
+    rates = [(8, [1e-3, 2e-3]), (9, [2e-3, 1e-3]), (10, [1e-3, 2e-3])]
+    assert told == [{"step": step, "changes": {"--learning_rate": change}} for step, change in rates]
 
 
 # ---- The same command line, always ---------------------------------------------------------------------------------------

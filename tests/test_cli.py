@@ -38,6 +38,7 @@ def end_with(error: BaseException | None) -> int:
         (cli.Accident("the disk is full"), 1, "run_mine.py: error: the disk is full\n"),
         (processes.Stopped(15), 143, "run_mine.py: stopped as asked; to go on, run the same command with --resume_from_chec"),
         (KeyboardInterrupt(), 130, "run_mine.py: interrupted before training began; nothing to save\n"),
+        (KeyboardInterrupt(signal.SIGTERM), 1, "run_mine.py: interrupted before training began; nothing to save\n"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -164,7 +165,12 @@ cli.end(cli.run(main, "run_mine.py"))
     return process
 
 
-def test_an_interrupt_that_a_library_swallows_ends_the_program():
+# After SIGTERM it is not 143, by which docs/train.sbatch knows a run that has gained something and is to be started again.
+SIGNALS = pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 1)], ids=["INT", "TERM"])
+
+
+@SIGNALS
+def test_an_interrupt_that_a_library_swallows_ends_the_program(signum, status):
     """As jax does when Python's garbage collection calls it."""
     process = start("""
         while True:
@@ -173,13 +179,29 @@ def test_an_interrupt_that_a_library_swallows_ends_the_program():
             except KeyboardInterrupt:
                 pass
     """)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     _, error = process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert error == "run_mine.py: interrupted before training began; nothing to save\n"
 
 
-def test_an_interrupt_cleans_up():
+@SIGNALS
+def test_an_interrupt_of_which_a_library_makes_another_error(signum, status):
+    """As datasets does, when the processes that tokenise are gone."""
+    process = start("""
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise TimeoutError
+    """)
+    process.send_signal(signum)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert error == "run_mine.py: interrupted before training began; nothing to save\n"
+
+
+@SIGNALS
+def test_an_interrupt_cleans_up(signum, status):
     """Where nothing swallows it, what is half-written goes."""
     process = start("""
         try:
@@ -189,20 +211,21 @@ def test_an_interrupt_cleans_up():
             print("cleaned up", flush=True)
     """)
     assert process.stdout.readline() == "within\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     output, error = process.communicate(timeout=20)
-    assert (process.returncode, output) == (130, "cleaned up\n")
+    assert (process.returncode, output) == (status, "cleaned up\n")
     assert error == "run_mine.py: interrupted before training began; nothing to save\n"
 
 
-def test_an_interrupt_while_libraries_are_imported(run_script):
+@SIGNALS
+def test_an_interrupt_while_libraries_are_imported(signum, status):
     """The first seconds of a script."""
     command = [sys.executable, str(ROOT / "run_clm_flax.py"), "--help"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert error == "run_clm_flax.py: interrupted before training began; nothing to save\n"
 
 

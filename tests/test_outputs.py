@@ -2,9 +2,12 @@
 """output_dir: one run at a time, and files that are not ours stay."""
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from flaxlm import arguments, files, outputs
+from flaxlm import arguments, command_line, files, outputs
 from tests.conftest import ROOT, read_events, run
 
 
@@ -145,6 +148,80 @@ def test_a_requeued_run_waits_for_the_one_before_it(training_args, monkeypatch, 
     with refuses("run: another run is writing there, after 1 seconds still; wait for its end, or name another directory"):
         outputs.check_free(dataclasses.replace(training_args, resume_from_checkpoint="auto"))
     second.close()
+
+
+@pytest.fixture
+def locks_no_directories(monkeypatch):
+    """A file system as NFS, which locks files that are open for writing only."""
+    flock = outputs.fcntl.flock
+
+    def refuse_directories(descriptor: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(outputs.fcntl, "flock", refuse_directories)
+
+
+def test_where_directories_cannot_be_locked(locks_no_directories, training_args, refuses, tmp_path):
+    """A file in it is, which goes with the lock; left by a run that was killed it is nothing, and is not in anybody's way."""
+    auto = dataclasses.replace(training_args, resume_from_checkpoint="auto", overwrite_output_dir=False)
+    first = outputs.OutputDir(training_args)
+    with refuses("run: another run is writing there"):
+        outputs.check_free(training_args)
+    with refuses("run: another run is writing there"):
+        outputs.OutputDir(training_args)
+    first.close()
+    assert os.listdir(tmp_path / "run") == []
+    outputs.check_free(training_args)
+    assert os.listdir(tmp_path / "run") == []
+    (tmp_path / "run" / ".lock").touch()
+    command_line.check_output_dir(auto)
+    assert enter(training_args) == set()
+    command_line.check_output_dir(auto)
+
+
+def test_where_nothing_can_be_locked(training_args, monkeypatch, caplog):
+    """That is told, and the run goes on."""
+    monkeypatch.setattr(outputs.logger.parent, "propagate", True)
+
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(outputs.fcntl, "flock", refuse)
+    outputs.check_free(training_args)
+    outputs.OutputDir(training_args).close()
+    assert "run cannot be locked: nothing keeps another run from writing there too." in caplog.text
+
+
+@pytest.mark.parametrize("locks", ["directories", "files"])
+def test_a_directory_that_is_removed_while_it_is_waited_for(locks, training_args, monkeypatch, request, refuses, tmp_path):
+    """It is made again, and what is held is what is there: nobody else comes in."""
+    if locks == "files":
+        request.getfixturevalue("locks_no_directories")
+    first = outputs.OutputDir(training_args)
+    again = dataclasses.replace(training_args, resume_from_checkpoint="auto")
+    timer = threading.Timer(0.5, shutil.rmtree, [tmp_path / "run"])
+    timer.start()
+    second = outputs.OutputDir(again)
+    assert timer.finished.is_set()
+    assert again.resume_from_checkpoint is None
+    with refuses("run: another run is writing there"):
+        outputs.OutputDir(training_args)
+    first.close()  # of a directory that is no more: the lock of the new one is the second's
+    with refuses("run: another run is writing there"):
+        outputs.OutputDir(training_args)
+    second.close()
+    outputs.OutputDir(training_args).close()
+
+
+def test_what_cannot_be_made_or_written_to(training_args, refuses, tmp_path):
+    """A line, also if it is seen only while waiting."""
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "run", "/proc/run"):
+        with refuses(f"--output_dir {path}: cannot be written to: "):
+            outputs.OutputDir(dataclasses.replace(training_args, output_dir=str(path)))
+    outputs.check_free(dataclasses.replace(training_args, output_dir="/proc"))
 
 
 def test_two_runs_started_together(roberta_dir, corpus, tmp_path):

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -136,6 +137,21 @@ def stop_and_resume(start, stopped: Path, *flags) -> None:
     assert f"Resuming after step {last}" in ended.logs[0]
 
 
+def test_one_process_goes_on_where_two_were(together, roberta_dir, corpus, tmp_path):
+    """With rows as many in a batch: the numbers of two, to rounding; no checkpoint is taken for damaged."""
+    output_dir = shutil.copytree(together[0], tmp_path / "run")
+    for step in range(25, STEPS + 1, SAVE):
+        shutil.rmtree(output_dir / f"checkpoint-{step}")
+    batch = ["--per_device_train_batch_size", 8, "--per_device_eval_batch_size", 8]
+    run(output_dir, roberta_dir, "--train_file", corpus, *FLAGS, *batch, "--resume_from_checkpoint")
+    assert not list(output_dir.glob("*.damaged"))
+    one, two = read_events(output_dir), read_events(together[0])
+    for tag in TAGS:
+        assert one[tag][:20] == two[tag][:20]
+        assert [step for step, _ in one[tag]] == [step for step, _ in two[tag]]
+        assert [value for _, value in one[tag]] == pytest.approx([value for _, value in two[tag]], rel=1e-5)
+
+
 def test_stopped_by_a_signal_to_one_process_goes_on_exactly(together, start, corpus, tmp_path):
     """Bit for bit like the run that nobody stopped."""
     stop_and_resume(start, tmp_path / "stopped", "--train_file", corpus)
@@ -160,6 +176,26 @@ def test_a_model_spread_over_two_processes(start, roberta_dir, corpus, tmp_path)
 
     stop_and_resume(start, stopped, *flags, "--fsdp")
     assert_same_run(stopped, whole)
+
+
+def test_two_processes_choose_the_best_and_stop_early(start, roberta_dir, corpus, tmp_path):
+    """At the same step, which is told by both; the files are of the best, and started again there is nothing to do."""
+    worse = ["--learning_rate", 0.05, "--lr_scheduler_type", "constant", "--eval_steps", 3, "--save_total_limit", 1]
+    flags = ["--train_file", corpus, *worse, "--load_best_model_at_end", "--early_stopping_patience", 2]
+    output_dir = tmp_path / "best"
+    for _ in range(2):
+        ended = end_of(*start(output_dir, *flags, "--resume_from_checkpoint", "auto"))
+        assert ended.statuses == [0, 0], "\n".join(ended.logs)
+        assert "Stopping early: 2 evaluation(s) in a row not better" in ended.logs[0]
+        (last, _), (best, loss) = (
+            read_events(output_dir)["eval_loss"][-1],
+            min(read_events(output_dir)["eval_loss"], key=lambda point: point[1]),
+        )
+        assert best < last < STEPS
+        assert checkpoints(output_dir) == [best, last]
+        assert json.loads((output_dir / "train_results.json").read_text())["best_step"] == best
+        alone = ["--do_eval", "--model_name_or_path", output_dir, "--train_file", corpus, "--max_eval_samples", 23]
+        assert run(tmp_path / "evaluation", roberta_dir, *alone)["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_stream_stopped_by_a_signal_to_one_process_goes_on_exactly(start, texts, tmp_path):

@@ -2,6 +2,7 @@
 """The best evaluation is the model, and evaluations that get no better end a run; exact over resumes."""
 
 import json
+import math
 import shutil
 import types
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import run_mlm_flax
-from flaxlm import arguments, outputs, selection
+from flaxlm import arguments, checkpoints, evaluation, outputs, selection
 from tests.conftest import read_events
 from tests.test_checkpoints import common, outcome, saved_steps, train, train_until  # noqa: F401 (fixtures)
 
@@ -50,6 +51,8 @@ def test_which_is_best():
         ([3.0, 2.95, 2.91, 2.85], 0.1, 3),  # each is compared with the best before it, as in transformers
         ([3.0, 2.95, 2.5], 0.1, 0),
         ([3.0, float("nan"), float("nan")], 0.0, 2),
+        ([float("nan")], 0.0, 0),  # there is none before it
+        ([float("nan"), float("nan"), 3.0, 3.1], 0.0, 1),
     ],
 )
 def test_how_long_without_improvement(losses, threshold, expected):
@@ -57,21 +60,29 @@ def test_how_long_without_improvement(losses, threshold, expected):
 
 
 @pytest.mark.torch
-def test_patience_is_that_of_transformers():
-    """Its own callback counts the same, over random series."""
-    from transformers import EarlyStoppingCallback, TrainerControl, TrainerState  # needs PyTorch
+@pytest.mark.parametrize("name", ["loss", "eval_loss", "accuracy"])
+def test_the_choice_is_that_of_transformers(name):
+    """Its own trainer and callback choose and count the same, over random series with some that are no numbers."""
+    from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainerState  # needs PyTorch
 
     rng = np.random.default_rng(0)
-    for threshold in (0.0, 0.3):
-        theirs = types.SimpleNamespace(greater_is_better=False)  # all that it reads of its arguments
+    for threshold, first in [(0.0, 1.0), (0.3, 1.0), (0.3, float("nan")), (0.0, float("inf"))]:
+        flags = {"metric_for_best_model": name, "load_best_model_at_end": True}
+        # All that is read of its arguments, which would need accelerate; whether more is better is their own rule.
+        theirs = types.SimpleNamespace(**flags, save_strategy="steps", greater_is_better=not name.endswith("loss"))
         callback, state, control = EarlyStoppingCallback(3, threshold), TrainerState(), TrainerControl()
-        losses = rng.normal(size=30).round(1).tolist()
-        for count in range(1, 31):
-            callback.check_metric_value(theirs, state, control, losses[count - 1])
-            if state.best_metric is None or losses[count - 1] < state.best_metric:
-                state.best_metric = losses[count - 1]
-            ours = selection.num_without_improvement(make(early_stopping_threshold=threshold), series(*losses[:count]))
-            assert callback.early_stopping_patience_counter == ours
+        trainer = types.SimpleNamespace(args=theirs, state=state)
+        ours = make(**flags, early_stopping_threshold=threshold, early_stopping_patience=3)
+        values = [first, *rng.choice([*rng.normal(size=30).round(1), float("nan")], size=30).tolist()]
+        evaluations = series(*values, name=f"eval_{name.removeprefix('eval_')}")
+        for count, step in enumerate(evaluations, 1):
+            state.global_step, so_far = step, dict(list(evaluations.items())[:count])
+            callback.on_evaluate(theirs, state, control, evaluations[step])
+            Trainer._determine_best_metric(trainer, evaluations[step], None)
+            assert selection.high_is_good(ours) == theirs.greater_is_better
+            assert selection.num_without_improvement(ours, so_far) == callback.early_stopping_patience_counter
+            if not math.isinf(first):  # theirs never takes a state whose loss is infinite; ours has no other yet
+                assert selection.best_step(ours, so_far) == state.best_global_step
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------------------------------
@@ -116,6 +127,24 @@ def test_the_best_is_the_same_in_a_resumed_run(stops, best, train, tmp_path):  #
     assert outcome(tmp_path) == outcome(best)
 
 
+def test_ended_between_the_best_evaluation_and_its_save(best, train, monkeypatch, tmp_path):  # noqa: F811
+    """The same command goes on from the save before it, evaluates again, and chooses what an undisturbed run chooses."""
+    more = [*WORSE, "--load_best_model_at_end", "--save_steps", 5, "--save_total_limit", 1, "--resume_from_checkpoint", "auto"]
+    save, (best_step, _) = checkpoints.Saver.save, best_of(best)
+
+    def end_at_the_best(saver, step, *args):
+        if step == best_step:
+            raise KeyboardInterrupt
+        save(saver, step, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints.Saver, "save", end_at_the_best)
+        train(tmp_path, *more)
+    assert best_step not in saved_steps(tmp_path)
+    train(tmp_path, *more)
+    assert outcome(tmp_path) == outcome(best)
+
+
 def test_the_best_comes_along_to_another_directory(best, train, tmp_path):  # noqa: F811
     """A run that goes on elsewhere takes the best state with it; the one that it goes on from stays as it is."""
     more = [*WORSE, "--load_best_model_at_end", "--save_steps", 5, "--save_total_limit", 1]
@@ -149,6 +178,92 @@ def test_stopping_early(best, train, tmp_path, capsys):  # noqa: F811
     assert {**again, "train_memory_gib": 0} == {**results, "train_memory_gib": 0}
     train(tmp_path, *WORSE, "--early_stopping_patience", 99, "--resume_from_checkpoint")
     assert outcome(tmp_path)["state"] == outcome(best)["state"]
+
+
+@pytest.fixture
+def evaluations_give(monkeypatch):
+    """evaluations_give(losses): what the next evaluations find, one after the other, whatever the weights."""
+
+    def arrange(losses: list[float]) -> None:
+        left = iter(losses)
+        monkeypatch.setattr(evaluation.Evaluator, "__call__", lambda self, params, stop: {"eval_loss": next(left)})
+
+    return arrange
+
+
+def told(output_dir: Path) -> tuple[int, float]:
+    results = [json.loads((output_dir / f"{name}_results.json").read_text()) for name in ("train", "eval")]
+    return results[0]["best_step"], results[1]["eval_loss"]
+
+
+CONSTANT = ["--lr_scheduler_type", "constant", "--eval_steps", 2, "--save_steps", 100, "--save_total_limit", 1]
+
+
+def test_the_best_of_what_is_there(evaluations_give, train, capsys, tmp_path):  # noqa: F811
+    """A run in which nobody asked for the best goes on with the flag: states that were never kept are none to compare with."""
+    evaluations_give([1.0, 5.0, 5.0, 5.0])
+    train(tmp_path, *CONSTANT, "--max_steps", 8)
+    assert saved_steps(tmp_path) == [8]
+    more = [*CONSTANT, "--load_best_model_at_end", "--resume_from_checkpoint", "auto"]
+    evaluations_give([4.0, 3.0, 3.5])
+    train_until(train, tmp_path, 15, *more, "--max_steps", 20)
+    assert "The state of the best evaluation so far, step 2, was not kept." in capsys.readouterr().err
+    assert saved_steps(tmp_path) == [12, 15]
+    evaluations_give([3.1, 3.2, 3.3])
+    train(tmp_path, *more, "--max_steps", 20)
+    assert saved_steps(tmp_path) == [12, 20]
+    assert told(tmp_path) == (12, 3.0)
+
+
+def test_the_best_stays_where_a_better_one_could_not_be_saved(evaluations_give, train, monkeypatch, tmp_path):  # noqa: F811
+    """The disk is full when step 4 should be saved; step 2 is the best of what there is, and stays to the end."""
+    write_checksums = checkpoints.write_checksums
+
+    def fail_at_4(path):
+        if path.endswith("checkpoint-4"):
+            shutil.rmtree(path)
+            raise OSError(28, "No space left on device")
+        write_checksums(path)
+
+    monkeypatch.setattr(checkpoints, "write_checksums", fail_at_4)
+    evaluations_give([2.0, 1.0, 5.0, 5.0, 5.0, 5.0])
+    train(tmp_path, *CONSTANT, "--save_steps", 3, "--load_best_model_at_end")
+    assert saved_steps(tmp_path) == [2, 12]
+    assert told(tmp_path) == (2, 2.0)
+
+
+def test_no_evaluation_is_a_number(evaluations_give, train, capsys, tmp_path):  # noqa: F811
+    """Then the model is the last one; one NaN among others is none of the best, and counts as no improvement."""
+    nan = float("nan")
+    evaluations_give([nan] * 6)
+    train(tmp_path / "none", *CONSTANT, "--load_best_model_at_end")
+    assert (
+        "No evaluation of a state that was saved gave a number: the model is that of the last step." in capsys.readouterr().err
+    )
+    evaluations_give([nan, 3.0, nan, nan])
+    train(tmp_path / "some", *CONSTANT, "--load_best_model_at_end", "--early_stopping_patience", 2)
+    assert told(tmp_path / "some") == (4, 3.0)
+    assert saved_steps(tmp_path / "some") == [4, 8]
+
+
+def test_stopped_early_and_started_again(evaluations_give, train, capsys, tmp_path):  # noqa: F811
+    """The command of a job that starts again has nothing left to do and says why; so it is with more steps, until patience
+    is raised as the line says. Where it stopped there was a save due, in the middle of a log window."""
+    flags = [*CONSTANT, "--save_steps", 2, "--load_best_model_at_end", "--resume_from_checkpoint", "auto"]
+    evaluations_give([3.0, 2.0, 2.5, 2.6])
+    train(tmp_path, *flags, "--early_stopping_patience", 2)
+    before = outcome(tmp_path)
+    assert (told(tmp_path), saved_steps(tmp_path)) == ((4, 2.0), [4, 8])
+    for more in ([], ["--max_steps", 16]):
+        capsys.readouterr()
+        train(tmp_path, *flags, *more, "--early_stopping_patience", 2)
+        said = capsys.readouterr().err
+        assert "the best loss was 2.0000, at step 4; a higher --early_stopping_patience goes on from here" in said
+        found = outcome(tmp_path)
+        assert {name for name in found if found[name] != before[name]} == set()
+    evaluations_give([1.0, 5.0, 5.0, 5.0])
+    train(tmp_path, *flags, "--max_steps", 16, "--early_stopping_patience", 3)
+    assert (told(tmp_path), saved_steps(tmp_path)) == ((10, 1.0), [10, 16])
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from flaxlm import outputs
 from tests.conftest import ROOT
 
 BATCH_FILE = ROOT / "docs" / "train.sbatch"
@@ -67,12 +69,16 @@ def free_job_id() -> str:
     raise AssertionError("no port is free")
 
 
-def signal_before_the_time_limit(directory: Path) -> None:
-    """What --signal=TERM@300 does, once the run has saved something."""
+def wait_until(has_come: Callable[[], bool], directory: Path) -> None:
     deadline = time.monotonic() + 300
-    while not (directory / "out" / "checkpoint-10").exists():
+    while not has_come():
         assert time.monotonic() < deadline, (directory / "log").read_text()
         time.sleep(0.01)
+
+
+def signal_before_the_time_limit(directory: Path) -> None:
+    """What --signal=TERM@300 does, once the run has saved something."""
+    wait_until(lambda: (directory / "out" / "checkpoint-10").exists(), directory)
     for task in (directory / "tasks").read_text().split():
         os.kill(int(task), signal.SIGTERM)
 
@@ -96,6 +102,39 @@ def test_queues_up_again_and_goes_on(num_tasks, submit, tmp_path):
     assert (tmp_path / "out" / "train_results.json").exists()
     for task in range(num_tasks):
         assert log.read_text().count(f"Process {task} of 2, with 1 device(s)") == (2 if num_tasks > 1 else 0)
+
+
+@pytest.mark.parametrize(
+    "moment", ["Arguments other than the defaults", "Compiling the training step", "Resuming after step 0"]
+)
+def test_what_gains_nothing_does_not_queue_up(moment, submit, tmp_path):
+    """A time limit that ends before the first step, while the run prepares, compiles, or has gone on from where it was: the
+    next start would end there too, and so on for ever."""
+    log = tmp_path / "log"
+    if moment.startswith("Resuming"):
+        end_at(submit, tmp_path, "Compiling the training step")
+        assert outputs.find_checkpoints(tmp_path / "out") == [(0, str(tmp_path / "out" / "checkpoint-0"))]
+        log.write_text("")
+    end_at(submit, tmp_path, moment)
+    line = "interrupted before training began" if "Arguments" in moment else "before its first step: it needs more time"
+    assert line in log.read_text().splitlines()[-1]
+
+
+def test_several_processes_that_gain_nothing(submit, tmp_path):
+    """Once they have found each other, and before they train, the signal is heard as well."""
+    end_at(submit, tmp_path, "Process 0 of 2", "Process 1 of 2", num_tasks=2)
+    assert (tmp_path / "log").read_text().count("interrupted before training began; nothing to save") == 2
+    assert not (tmp_path / "out").exists()
+
+
+def end_at(submit, directory: Path, *moments: str, num_tasks: int = 1) -> None:
+    """Start a job that is told to end when its log says all of this, and see that it is not queued up again."""
+    job = submit(num_tasks)
+    wait_until(lambda: all(moment in (directory / "log").read_text() for moment in moments), directory)
+    for task in (directory / "tasks").read_text().split():
+        os.kill(int(task), signal.SIGTERM)
+    assert job.wait(timeout=300) == 1, (directory / "log").read_text()
+    assert not (directory / "asked").exists()
 
 
 def test_a_mistake_does_not_queue_up(submit, tmp_path):

@@ -437,6 +437,17 @@ def test_another_stream_begins_at_its_beginning(uninterrupted, some_text, robert
     assert old[2 * SAVE + 2] != new[2 * SAVE + 2]
 
 
+def test_other_noise_leaves_the_stream_where_it_is(uninterrupted, some_text, roberta_dir, capsys, tmp_path):
+    """Masks are made of batches of the same rows: none of them is read twice for another share of masks."""
+    once = back_to(uninterrupted, tmp_path / "once", resume_points(uninterrupted)["window"])
+    allowed = ["--mlm_probability", 0.3, "--resume_from_checkpoint", "--resume_changes", "mlm_probability"]
+    run(once, roberta_dir, "--train_file", some_text, *FLAGS, *allowed)
+    said = capsys.readouterr().err
+    assert "--mlm_probability is 0.3 from here on, it was 0.15" in said
+    assert "read from its beginning" not in said
+    assert positions(once) == positions(uninterrupted)
+
+
 def test_formats_give_the_same_rows(uninterrupted, some_text, roberta_dir, byte_level_tokenizer, tmp_path):
     """txt.gz, jsonl with another column in front, a directory of files, what save_to_disk wrote: the same text and rows."""
     lines = some_text.read_text("utf-8").splitlines()
