@@ -76,6 +76,8 @@ def parse(
     args.data.check(args.model)
     selection.check(args.training)
     identity.check_changes(args)
+    if not args.training.compile_for:
+        reporters.check_login(args.training, outputs.goes_on(args.training))
     return args
 
 

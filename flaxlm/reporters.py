@@ -7,9 +7,11 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "Trackio"}
 PROJECT = "flaxlm"  # unless --project, or for wandb WANDB_PROJECT, names another
 PATIENCE = 120.0  # seconds in which a server may take the last points
+SILENCE = 5.0  # seconds of waiting for a server after which that is told
+LIMITS = {"wandb": ": after 90 seconds, or those of WANDB_INIT_TIMEOUT"}  # of waiting for a server at the start
 
 
 def check(training_args: arguments.TrainingArguments) -> None:
@@ -40,6 +44,42 @@ def check(training_args: arguments.TrainingArguments) -> None:
         if found is None or found.origin is None:  # a folder of that name, as wandb leaves, is no package
             install = f'pip install "flaxlm[{name}]", or from a clone: pip install ".[{name}]"'
             cli.fail(f"--report_to {name}: its package is not installed; {install}")
+
+
+ASK_WANDB = """
+import sys
+sys.path[:] = {path}
+import wandb
+try:
+    wandb.login(verify=False)
+except (wandb.Error, ValueError) as error:
+    print(error)
+    sys.exit(3 if isinstance(error, wandb.Error) else 4)
+"""
+
+
+def check_login(training_args: arguments.TrainingArguments, goes_on: bool) -> None:
+    """Refuse a run whose points Weights & Biases would not take, for want of a login or by a wrong setting.
+
+    Asked is the client itself, in a process of its own: here it would leave threads, which what is forked afterwards does not
+    survive; its server is not. A run that goes on from a checkpoint is not refused, since no reporter may stop a training; nor
+    are several processes, of which only one needs a login: there the reporter fails and is told of.
+    """
+    is_alone = not (training_args.multihost or training_args.coordinator_address)
+    if "wandb" not in training_args.report_to.split() or not training_args.do_train or goes_on or not is_alone:
+        return
+    command = [sys.executable, "-c", ASK_WANDB.format(path=sys.path)]
+    environment = os.environ | {"WANDB_SILENT": "true"}
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        asked = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE
+        )
+        reason = " ".join(asked.stdout.strip().splitlines()[:3])
+        if asked.returncode == 3:
+            remedy = "run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline to upload later"
+            cli.fail(f"--report_to wandb: {reason.partition('.')[0]}; {remedy}")
+        if asked.returncode == 4:
+            cli.fail(f"--report_to wandb: {reason}; see the variables WANDB_... in the environment")
 
 
 class TensorBoard:
@@ -74,6 +114,7 @@ class Wandb:
     def __init__(self, training_args: arguments.TrainingArguments, config: Mapping[str, Any], known: Mapping[str, str]):
         import wandb
 
+        wandb.setup(wandb.Settings(silent=True))  # so it asks no questions either: nobody may be there to answer
         # Without x_disable_meta the command line goes there, and with it the tokens that may be in it.
         settings = wandb.Settings(silent=True, console=os.environ.get("WANDB_CONSOLE", "off"), x_disable_meta=True)
         directory = os.environ.get("WANDB_DIR") or training_args.output_dir
@@ -185,6 +226,18 @@ def run_name(training_args: arguments.TrainingArguments) -> str:
     return training_args.run_name or os.path.basename(os.path.abspath(training_args.output_dir))
 
 
+@contextlib.contextmanager
+def saying(line: str) -> Iterator[None]:
+    """Say so if what is done within takes long."""
+    timer = threading.Timer(SILENCE, logger.info, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Reports:
     """All that a run reports to, from process 0. One that fails is told of, once, and training goes on without it."""
 
@@ -201,7 +254,8 @@ class Reports:
 
     def open(self, name: str, make: Callable[[], TensorBoard | Rows]) -> None:
         """Add a reporter, unless that fails."""
-        self.attempt(name, lambda: self.reporters.setdefault(name, make()))
+        with saying(f"{TITLES[name]} does not answer yet; training begins when it has, or has failed{LIMITS.get(name, '')}"):
+            self.attempt(name, lambda: self.reporters.setdefault(name, make()))
         if name in self.reporters and isinstance(self.reporters[name], Rows):
             logger.info("%s: %s", TITLES[name], self.reporters[name].client.where)
 
@@ -213,7 +267,8 @@ class Reports:
             function(*args)
         except Exception as error:
             self.failed.add(name)
-            logger.error("%s's points can no longer be written: %s; training goes on", TITLES[name], cli.first_line(error))
+            reason = cli.first_line(error).rstrip(".")
+            logger.error("%s's points can no longer be written: %s; training goes on", TITLES[name], reason)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Points of this step, by the names that TensorBoard has for them: train_loss, eval_accuracy, ..."""
@@ -233,7 +288,8 @@ class Reports:
     def close(self) -> None:
         """Once; nothing can be added afterwards."""
         for name in list(self.reporters):
-            self.attempt(name, self.reporters.pop(name).close)
+            with saying(f"Waiting for {TITLES[name]} to take the last points, which are in this machine's memory or files ..."):
+                self.attempt(name, self.reporters.pop(name).close)
 
 
 def open_reports(args: arguments.Arguments, config: PretrainedConfig, progress: Mapping[str, Any] | None) -> Reports:
