@@ -208,7 +208,7 @@ def settle_optimizer(training_args: arguments.TrainingArguments, given: set[str]
     training_args.optim = arguments.optimizer_of(training_args)
     training_args.adafactor = training_args.lamb = False
     if training_args.optim == "lion" and "adam_beta2" not in given:
-        training_args.adam_beta2 = 0.99
+        training_args.adam_beta2 = arguments.LION_BETA2
 
 
 def check_samples(training_args: arguments.TrainingArguments, data_args: arguments.DataArguments) -> None:
