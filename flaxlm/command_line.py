@@ -135,6 +135,9 @@ def check_numbers(part: Any) -> None:
             cli.fail(f"--{name} {value}: must be {'more than 0' if 0 < low < 1e-9 else limits}")
 
 
+PATHS = ("_dir", "_file", "_name", "_path", "_checkpoint", "generate_samples")  # ends of the names of flags
+
+
 def check_paths(args: arguments.Arguments) -> None:
     """Files and directories are local ones, but for text to read; of the Hub there are names."""
     remedies = {
@@ -144,7 +147,7 @@ def check_paths(args: arguments.Arguments) -> None:
     }
     for part in args:
         for name, value in vars(part).items():
-            if isinstance(value, str) and "://" in value and name.endswith(("_dir", "_file", "_name", "_path", "_checkpoint")):
+            if isinstance(value, str) and "://" in value and name.endswith(PATHS):
                 remedy = remedies.get(name, "download it first, and name the local copy")
                 cli.fail(f"--{name} {value}: an address, which is not opened here; {remedy}")
     for name in ("output_dir", "resume_from_checkpoint"):  # orbax looks for its files by patterns
