@@ -121,7 +121,7 @@ class Wandb:
         self.wandb = wandb
         self.run = wandb.init(
             project=training_args.project or os.environ.get("WANDB_PROJECT") or known.get("project", PROJECT),
-            name=os.environ.get("WANDB_NAME") or run_name(training_args),
+            name=training_args.run_name or os.environ.get("WANDB_NAME") or run_name(training_args),
             id=os.environ.get("WANDB_RUN_ID") or known.get("id"),
             resume="allow", dir=directory, config=dict(config), allow_val_change=True, settings=settings,
         )  # fmt: skip
@@ -133,7 +133,7 @@ class Wandb:
         self.directory = os.path.dirname(self.run.dir)
         self.where = f"offline in {self.directory}; to upload: wandb sync {self.directory}"
         if not self.run.offline:
-            self.where = str(self.run.url)
+            self.where = self.run.url or "disabled"
 
     def send(self, step: int, row: Mapping[str, Any]) -> None:
         self.run.log({**row, "train/global_step": step})

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
@@ -443,3 +444,17 @@ def test_who_does_not_answer_is_told(seconds, messages_logged, monkeypatch):
         assert "Weights & Biases does not answer yet" in waiting[0]
         assert "90 seconds, or those of WANDB_INIT_TIMEOUT" in waiting[0]
         assert "Trackio" in waiting[1]
+
+
+@pytest.mark.parametrize(("flag", "name"), [(None, "of-variable"), ("of-flag", "of-flag")])
+def test_what_is_said_wins_over_the_environment(flag, name, monkeypatch):
+    """--project and --run_name over WANDB_PROJECT and WANDB_NAME; and wandb that is switched off says so."""
+    import wandb
+
+    given, run = {}, mock.Mock(id="abc", project="p", resumed=False, offline=False, url=None, dir="here/files")
+    monkeypatch.setattr(wandb, "setup", lambda settings: None)  # which would leave a thread
+    monkeypatch.setattr(wandb, "init", lambda **options: given.update(options) or run)
+    for variable in ("WANDB_NAME", "WANDB_PROJECT"):
+        monkeypatch.setenv(variable, "of-variable")
+    client = reporters.Wandb(arguments.TrainingArguments("out", run_name=flag, project=flag), {}, {})
+    assert (given["name"], given["project"], client.where) == (name, name, "disabled")
