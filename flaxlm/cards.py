@@ -204,7 +204,7 @@ def command(script: str, args: arguments.Arguments) -> str:
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--{name} false")  # not all of them have --no_...
             continue
-        values = value if isinstance(value, list) else [value]
+        values = value.split() if name == "report_to" else value if isinstance(value, list) else [value]
         words.append(f"--{name} {' '.join(shlex.quote(str(shown_path(item))) for item in values)}")
     lines = [words[0]]
     for word in words[1:]:

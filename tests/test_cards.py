@@ -83,7 +83,7 @@ SHORT = "run_clm_flax.py --config_name x --tokenizer_name x --train_file a.txt -
         (["--optim", "lion", "--adam_beta2", "0.999"], f"{SHORT} --optim lion --adam_beta2 0.999"),
         (["--lamb"], f"{SHORT} --optim lamb"),
         (["--no_keep_linebreaks"], SHORT.replace(" --output_dir", " --keep_linebreaks false --output_dir")),
-        (["--report_to", "tensorboard", "trackio"], f"{SHORT} --report_to 'tensorboard trackio'"),
+        (["--report_to", "tensorboard", "trackio"], f"{SHORT} --report_to tensorboard trackio"),
         (
             ["--eval_steps", "1", "--load_best_model_at_end", "--greater_is_better", "False"],
             f"{SHORT} --eval_steps 1 --load_best_model_at_end --greater_is_better false",
