@@ -108,6 +108,9 @@ class TensorBoard:
         self.writer.close()
 
 
+FLUSHING = "x_transaction_log_flush_interval"  # seconds between writes of wandb's file; 15 by itself
+
+
 class Wandb:
     """A run of Weights & Biases, or the same run again."""
 
@@ -117,6 +120,8 @@ class Wandb:
         wandb.setup(wandb.Settings(silent=True))  # so it asks no questions either: nobody may be there to answer
         # Without x_disable_meta the command line goes there, and with it the tokens that may be in it.
         settings = wandb.Settings(silent=True, console=os.environ.get("WANDB_CONSOLE", "off"), x_disable_meta=True)
+        if hasattr(settings, FLUSHING):  # a setting of newer versions: what is killed has lost no more than a second
+            setattr(settings, FLUSHING, 1.0)
         directory = os.environ.get("WANDB_DIR") or training_args.output_dir
         self.wandb = wandb
         self.run = wandb.init(

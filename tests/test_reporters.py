@@ -287,7 +287,22 @@ assert not reports.failed, reports.failed
     assert "1 &lt; 2, **Once**" in page.read_text()
 
 
-BASE = ["--config_name", "x", "--tokenizer_name", "x", "--train_file", "a.txt", "--output_dir", "out"]
+def test_what_wandb_has_when_a_run_is_killed(places, tmp_path):
+    """All but what came in the last moments: what a checkpoint says is sent does not come again."""
+    code = f"""
+import os, signal, time
+from flaxlm import arguments, reporters
+client = reporters.Rows(reporters.Wandb(arguments.TrainingArguments({str(tmp_path)!r}), {{}}, {{}}))
+client.add(1, {{"train_loss": 1.0}})
+client.flush(1)
+time.sleep(5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    env = places[1] | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -9, done.stderr
+    (records,) = wandb_records(tmp_path)
+    assert wandb_rows(records) == [{"train/loss": 1.0, "train/global_step": 1}]
 
 
 @pytest.mark.parametrize(
