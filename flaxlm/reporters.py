@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "Trackio"}
 PROJECT = "flaxlm"  # unless --project, or for wandb WANDB_PROJECT, names another
 PATIENCE = 120.0  # seconds in which a server may take the last points
+START = 90.0  # seconds in which a server may answer before training begins
 SILENCE = 5.0  # seconds of waiting for a server after which that is told
-LIMITS = {"wandb": ": after 90 seconds, or those of WANDB_INIT_TIMEOUT"}  # of waiting for a server at the start
+LIMITS = {"wandb": ", or those of WANDB_INIT_TIMEOUT"}  # wandb's own is as long
 
 
 def check(training_args: arguments.TrainingArguments) -> None:
@@ -148,21 +149,30 @@ class Wandb:
 
     def finish(self) -> None:
         """Wait for the upload, but not for ever: a server that is away keeps wandb waiting."""
-        failures: list[BaseException] = []
+        try:
+            within(PATIENCE, self.run.finish)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}; to upload what is missing: wandb sync {self.directory}") from error
 
-        def finish() -> None:
-            try:
-                self.run.finish()
-            except BaseException as error:
-                failures.append(error)
 
-        thread = threading.Thread(target=finish, name="wandb", daemon=True)
-        thread.start()
-        thread.join(PATIENCE)
-        if thread.is_alive():
-            raise TimeoutError(f"no answer in {PATIENCE:.0f} s; to upload what is missing: wandb sync {self.directory}")
-        if failures:
-            raise failures[0]
+def within(seconds: float, function: Callable, *args: Any, **options: Any) -> Any:
+    """What the function gives, in a thread that is left alone if it takes longer: then TimeoutError."""
+    results, failures = [], []
+
+    def call() -> None:
+        try:
+            results.append(function(*args, **options))
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=call, name=function.__name__, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failures:
+        raise failures[0]
+    if not results:
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return results[0]
 
 
 def escape(text: str) -> str:
@@ -179,20 +189,21 @@ class Trackio:
         project = training_args.project or known.get("project", PROJECT)
         name = known.get("name") or run_name(training_args)
         with contextlib.redirect_stdout(io.StringIO()):
-            run = trackio.init(project, name, config=dict(config), resume="allow" if known else "never", embed=False)
+            options = {"config": dict(config), "resume": "allow" if known else "never", "embed": False}
+            self.run = run = within(START, trackio.init, project, name, **options)  # of a Space it would wait for ever
         self.identity = {"name": run.name, "project": project}
         self.last = getattr(run, "_next_step", 1) - 1 if known else 0  # it has no public name
         self.where = f"run {run.name}; to look at it: trackio show --project {project}"
 
     def send(self, step: int, row: Mapping[str, Any]) -> None:
-        self.trackio.log(dict(row), step=step)
+        self.run.log(dict(row), step=step)
 
     def text(self, markdown: str) -> Any:
         return self.trackio.Markdown(markdown)
 
     def finish(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            self.trackio.finish()
+            within(PATIENCE, self.run.finish)
 
 
 class Rows:
@@ -259,7 +270,8 @@ class Reports:
 
     def open(self, name: str, make: Callable[[], TensorBoard | Rows]) -> None:
         """Add a reporter, unless that fails."""
-        with saying(f"{TITLES[name]} does not answer yet; training begins when it has, or has failed{LIMITS.get(name, '')}"):
+        limit = f"{START:.0f} seconds{LIMITS.get(name, '')}"
+        with saying(f"{TITLES[name]} does not answer yet; training begins when it has, or without it after {limit}"):
             self.attempt(name, lambda: self.reporters.setdefault(name, make()))
         if name in self.reporters and isinstance(self.reporters[name], Rows):
             logger.info("%s: %s", TITLES[name], self.reporters[name].client.where)

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import sqlite3
 import struct
 import subprocess
@@ -432,6 +433,26 @@ assert reports.failed == {{"wandb"}}
             process.kill()
         assert b"No API key configured" in (said := terminal.read(65536)), said
         assert b"Enter your choice" not in said
+
+
+def test_a_space_that_never_answers(places, tmp_path):
+    """Trackio would wait for ever, and training with it."""
+    code = f"""
+import sys
+from flaxlm import arguments, reporters
+reporters.START = 3.0
+reports = reporters.Reports()
+reports.open("trackio", lambda: reporters.Rows(reporters.Trackio(arguments.TrainingArguments({str(tmp_path)!r}), {{}}, {{}})))
+assert reports.failed == {{"trackio"}}
+assert sys.stdout is sys.__stdout__
+"""
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, and says nothing
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        env = places[1] | {"PYTHONPATH": os.getcwd(), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_TOKEN": "hf_x"}
+        env |= {"TRACKIO_SPACE_ID": "me/space", "TRACKIO_DIR": str(tmp_path / "trackio")}
+        done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Trackio's points can no longer be written: no answer in 3 s; training goes on" in done.stderr
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1.0])
