@@ -18,25 +18,6 @@ import jax
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# Dense matrix FLOP/s of a device as JAX counts them (TPU v3: a core), and of float32 where products are rounded to TF32.
-PEAK_FLOPS = {
-    "H200|H100 80GB HBM3|H100 SXM": {"bfloat16": 989e12, "float32": 494e12},
-    "H100 PCIe": {"bfloat16": 756e12, "float32": 378e12},
-    "A100": {"bfloat16": 312e12, "float32": 156e12},
-    "NVIDIA L4$": {"bfloat16": 121e12, "float32": 60e12},
-    "TPU v6": {"bfloat16": 918e12},
-    "TPU v5 lite|TPU v5e": {"bfloat16": 197e12},
-    "TPU v5": {"bfloat16": 459e12},
-    "TPU v4": {"bfloat16": 275e12},
-    "TPU v3": {"bfloat16": 61.5e12},
-}
-
-
-def peak_flops(device_kind: str, precision: str) -> float | None:
-    """Of the first device of the table whose pattern is found."""
-    return next((peak.get(precision) for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, device_kind)), None)
-
-
 def resident_bytes(what: str) -> int | None:
     """VmRSS or VmHWM of this process; None where the system does not tell."""
     try:

@@ -44,9 +44,10 @@ from transformers import PretrainedConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.machine import environment, forget_peak, peak_flops, resident_bytes  # noqa: E402
+from benchmarks.machine import environment, forget_peak, resident_bytes  # noqa: E402
 from benchmarks.sides import OurSide, TorchSide  # noqa: E402
 from benchmarks.workloads import OBJECTIVES, describe_model, set_up  # noqa: E402
+from flaxlm import machines  # noqa: E402
 
 
 def model_flops_per_row(weights: Any, config: PretrainedConfig, seq_length: int, target_length: int) -> float:
@@ -208,7 +209,7 @@ def main() -> None:
     tokens_per_row = float(next(setup.batches())["attention_mask"].sum()) / args.batch_size
     for side, figures in zip(sides, found, strict=True):
         figures["flops"] = statistics.median(figures["tokens_per_second"]) / tokens_per_row * row_flops
-        peak = peak_flops(env["device"], side.precision)
+        peak = machines.peak_flops(env["device"]).get(side.precision)
         figures["utilisation"] = figures["flops"] / (peak * jax.device_count()) if peak else None
         figures["memory"] = [side.peak_memory() if side in ours or len(peers) == 1 else None, None]
         if args.memory:

@@ -334,6 +334,9 @@ def optimizer_of(training_args: TrainingArguments) -> str:
     return training_args.optim
 
 
+LION_BETA2 = 0.99  # where --adam_beta2 is not set
+
+
 class Arguments(NamedTuple):
     """All flags of a run."""
 
@@ -353,9 +356,14 @@ def without_secrets(value: Any) -> Any:
 
 
 def changed_values(*arguments: Any) -> dict[str, Any]:
-    """The public flags that were set."""
-    defaults = {f.name: f.default for part in arguments for f in dataclasses.fields(part)}
-    return {name: value for name, value in public(*arguments).items() if value != defaults[name]}
+    """The public flags that were set to something else than what they are unset."""
+    unset = {f.name: f.default for part in arguments for f in dataclasses.fields(part)}
+    found = public(*arguments)
+    if found.get("do_train") and found.get("do_eval"):  # what is done where neither is set
+        unset |= {"do_train": True, "do_eval": True}
+    if found.get("optim") == "lion":
+        unset["adam_beta2"] = LION_BETA2
+    return {name: value for name, value in found.items() if value != unset[name]}
 
 
 def changed(*arguments: Any) -> str:

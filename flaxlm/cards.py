@@ -195,16 +195,16 @@ scores = model.apply({{"params": params}}, hidden, method="scores")
 
 
 def command(script: str, args: arguments.Arguments) -> str:
-    """The command, over several lines: flags that decide what the model is, whichever start of the run this was."""
+    """The command, over several lines: flags that are not as if unset, whichever start of the run this was."""
     flags = arguments.changed_values(*args)
     words = [f"python {Path(script).name}"]
     for name, value in flags.items():
-        if name in ("overwrite_output_dir", "resume_from_checkpoint"):
+        if name in ("overwrite_output_dir", "resume_from_checkpoint", "resume_changes"):
             continue
         if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no_{name}")
+            words.append(f"--{name}" if value else f"--{name} false")  # not all of them have --no_...
             continue
-        values = value if isinstance(value, list) else [value]
+        values = value.split() if name == "report_to" else value if isinstance(value, list) else [value]
         words.append(f"--{name} {' '.join(shlex.quote(str(shown_path(item))) for item in values)}")
     lines = [words[0]]
     for word in words[1:]:

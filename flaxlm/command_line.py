@@ -77,6 +77,8 @@ def parse(
     args.data.check(args.model)
     selection.check(args.training)
     identity.check_changes(args)
+    if not args.training.compile_for:
+        reporters.check_login(args.training, outputs.goes_on(args.training))
     return args
 
 
@@ -134,6 +136,9 @@ def check_numbers(part: Any) -> None:
             cli.fail(f"--{name} {value}: must be {'more than 0' if 0 < low < 1e-9 else limits}")
 
 
+PATHS = ("_dir", "_file", "_name", "_path", "_checkpoint", "generate_samples")  # ends of the names of flags
+
+
 def check_paths(args: arguments.Arguments) -> None:
     """Files and directories are local ones, but for text to read; of the Hub there are names."""
     remedies = {
@@ -143,7 +148,7 @@ def check_paths(args: arguments.Arguments) -> None:
     }
     for part in args:
         for name, value in vars(part).items():
-            if isinstance(value, str) and "://" in value and name.endswith(("_dir", "_file", "_name", "_path", "_checkpoint")):
+            if isinstance(value, str) and "://" in value and name.endswith(PATHS):
                 remedy = remedies.get(name, "download it first, and name the local copy")
                 cli.fail(f"--{name} {value}: an address, which is not opened here; {remedy}")
     for name in ("output_dir", "resume_from_checkpoint"):  # orbax looks for its files by patterns
@@ -207,7 +212,7 @@ def settle_optimizer(training_args: arguments.TrainingArguments, given: set[str]
     training_args.optim = arguments.optimizer_of(training_args)
     training_args.adafactor = training_args.lamb = False
     if training_args.optim == "lion" and "adam_beta2" not in given:
-        training_args.adam_beta2 = 0.99
+        training_args.adam_beta2 = arguments.LION_BETA2
 
 
 def check_samples(training_args: arguments.TrainingArguments, data_args: arguments.DataArguments) -> None:

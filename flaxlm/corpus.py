@@ -115,7 +115,7 @@ def prepare_mixture(args: arguments.Arguments, tokenize_fn: TokenizeFn, collator
         found.append(prepare(of_validation_file(args), tokenize_fn, collator))
     evaluated = [corpus for corpus in found if corpus.validation]
     joined = join_rows([corpus.validation for corpus in evaluated], collator, args) if evaluated else None
-    size = size_of_rows(evaluated)
+    size = size_of_rows(evaluated, collator)
     if not args.training.do_train:
         return Corpus(None, joined, None, size)
     corpora = found[: len(parts)]
@@ -124,11 +124,11 @@ def prepare_mixture(args: arguments.Arguments, tokenize_fn: TokenizeFn, collator
     return Corpus(mixture, joined, f"{identity} of --mixture_file", size)
 
 
-def size_of_rows(corpora: Sequence[Corpus]) -> TextSize | None:
+def size_of_rows(corpora: Sequence[Corpus], collator: Collator) -> TextSize | None:
     """How large the text is that the evaluation rows of several corpora were made of; None if that of one is not known."""
     if not corpora or any(corpus.validation_text is None for corpus in corpora):
         return None
-    tokens = [corpus.validation["input_ids"].size for corpus in corpora]
+    tokens = [token_rows.count_tokens(corpus.validation, collator) for corpus in corpora]
     sizes = [corpus.validation_text for corpus in corpora]
     num_bytes = sum(n * size.num_bytes / size.num_tokens for n, size in zip(tokens, sizes, strict=True))
     return TextSize(sum(tokens), round(num_bytes))

@@ -27,20 +27,28 @@ logger = logging.getLogger(__name__)
 
 
 MOST_PROMPTS = 1024  # all are one batch
+MOST_BYTES = 2**24
 
 
 def read_prompts(path: str, flag: str) -> list[str]:
-    """The lines of a txt file that are not blank."""
-    inputs.find(path, flag, None)
+    """The lines of a txt file, in UTF-8, that are not blank."""
     if formats.suffixes(path) != ("txt", ""):
         cli.fail(f"{flag} {path}: must be a txt file with a prompt per line")
-    tables = formats.read_tables([path], flag, "text", {})
-    texts = itertools.islice((text for table in tables for text in table["text"].to_pylist() if text.strip()), MOST_PROMPTS + 1)
-    prompts = [text.strip("\r") for text in texts]
+    (path, *others), *_ = inputs.find(path, flag)
+    if others:
+        cli.fail(f"{flag}: names {1 + len(others)} files, as {path}; name one of them")
+    with cli.reading(f"{flag} {path}"), open(path, "rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        cli.fail(f"{flag} {path}: cannot be read as text: it is not UTF-8; convert it, as `iconv -f ISO-8859-1 -t UTF-8` does")
+    prompts = [line.strip("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
         cli.fail(f"{flag} {path}: has blank lines only; write a prompt per line")
-    if len(prompts) > MOST_PROMPTS:
-        cli.fail(f"{flag} {path}: has more than {MOST_PROMPTS} lines; name a file with a few prompts")
+    if len(prompts) > MOST_PROMPTS or len(data) > MOST_BYTES:
+        limit = f"{MOST_PROMPTS} lines" if len(prompts) > MOST_PROMPTS else f"{MOST_BYTES // 2**20} MiB"
+        cli.fail(f"{flag} {path}: has more than {limit}; name a file with a few prompts")
     return prompts
 
 

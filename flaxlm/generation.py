@@ -196,6 +196,9 @@ class Writer:
         temperature = training_args.temperature
         if temperature is None:
             temperature = 0.0 if has_decoder else 0.7
+            if has_decoder and training_args.top_p < 1:
+                because = "chooses among which tokens one is drawn, and a model with an encoder draws none unless told so"
+                cli.fail(f"--top_p {training_args.top_p}: {because}; add --temperature 1 or drop the flag")
         sampling = Sampling(temperature, training_args.top_p, training_args.seed, len(tokenizer), end_of_text(tokenizer))
         max_new_tokens = training_args.max_new_tokens
         if has_decoder:

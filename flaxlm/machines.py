@@ -53,6 +53,35 @@ class Machine(NamedTuple):
         return Mesh(np.array(self.devices), ("data",))
 
 
+# ---- Speed ---------------------------------------------------------------------------------------------------------------
+
+# TFLOP/s of a device in float32 and in bfloat16, without sparsity, by what jax calls it or by what that begins with. XLA
+# makes float32 products of bfloat16 ones on a TPU, of TF32 on a card that has it; the last three compute bfloat16 in float32.
+PEAKS = {
+    "TPU v2": (23, 23), "TPU v3": (61.5, 61.5),  # devices are cores, as are those of TPU7x
+    "TPU v4": (275, 275), "TPU v4 lite": (137, 137),
+    "TPU v5 lite": (197, 197), "TPU v5e": (197, 197), "TPU v5": (459, 459), "TPU v5p": (459, 459),
+    "TPU v6 lite": (918, 918), "TPU v6e": (918, 918), "TPU7x": (1153.5, 1153.5),
+    "NVIDIA A100": (156, 312), "NVIDIA L4": (60, 121),
+    "NVIDIA H100": (494.5, 989), "NVIDIA H100 PCIe": (378, 756), "NVIDIA H100 NVL": (417.5, 835),
+    "NVIDIA H200": (494.5, 989), "NVIDIA H200 NVL": (417.5, 835), "NVIDIA GH200": (494.5, 989),
+    "Tesla T4": (8.1, 8.1), "Tesla V100": (15.7, 15.7), "Tesla V100-PCIE": (14, 14),
+}  # fmt: skip
+
+
+def peak_flops(kind: str, num_cores: int | None = None) -> dict[str, float]:
+    """Floating-point operations per second of such a device at most, by the type of activations; {} if that is not known.
+
+    `num_cores` of a TPU tells whether both cores of a chip are one device, as jax makes them of v4 and v5p.
+    """
+    known = [name for name in PEAKS if kind == name or (kind.startswith((f"{name} ", f"{name}-")) and "TPU" not in kind)]
+    if not known or " MIG " in kind:  # a part of a card
+        return {}
+    share = 0.5 if num_cores == 1 and kind in ("TPU v4", "TPU v5", "TPU v5p") else 1.0
+    in_float32, in_bfloat16 = PEAKS[max(known, key=len)]
+    return {"float32": share * in_float32 * 1e12, "bfloat16": share * in_bfloat16 * 1e12}
+
+
 # ---- TPUs ----------------------------------------------------------------------------------------------------------------
 
 
@@ -63,18 +92,17 @@ class Tpu(NamedTuple):
     counted_per_chip: int
     num_dimensions: int  # of the grid of chips
     gib: float  # of a device that XLA lets a program have, as it says where one has too little
-    peak_flops: float  # of a device in bfloat16, and in float32, whose products XLA makes of bfloat16 ones by default
     kind: str
     options: Mapping[str, str] = {}
 
 
 MEGACORE = {"chip_config_name": "megacore"}  # the cores of a chip are one device
 TPUS = {
-    "v3": Tpu("v3", 2, 2, 15.48, 61.5e12, "TPU v3"),
-    "v4": Tpu("v4", 2, 3, 30.75, 275e12, "TPU v4", MEGACORE),
-    "v5litepod": Tpu("v5e", 1, 2, 15.75, 197e12, "TPU v5 lite"),
-    "v5p": Tpu("v5p", 2, 3, 95.73, 459e12, "TPU v5"),
-    "v6e": Tpu("v6e", 1, 2, 31.24, 918e12, "TPU v6 lite"),
+    "v3": Tpu("v3", 2, 2, 15.48, "TPU v3"),
+    "v4": Tpu("v4", 2, 3, 30.75, "TPU v4", MEGACORE),
+    "v5litepod": Tpu("v5e", 1, 2, 15.75, "TPU v5 lite"),
+    "v5p": Tpu("v5p", 2, 3, 95.73, "TPU v5"),
+    "v6e": Tpu("v6e", 1, 2, 31.24, "TPU v6 lite"),
 }
 
 
@@ -98,8 +126,7 @@ def find_tpu(generation: str, size: int) -> Machine:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another program may be compiling too
     topology = f"{tpu.topology}:{'x'.join(map(str, grid(num_chips, tpu.num_dimensions)))}"
     devices = describe(name, platform="tpu", topology_name=topology, **tpu.options)
-    peaks = {"float32": tpu.peak_flops, "bfloat16": tpu.peak_flops}
-    return Machine(name, devices, int(tpu.gib * GIB), peaks)
+    return Machine(name, devices, int(tpu.gib * GIB), peak_flops(tpu.kind))
 
 
 # ---- GPUs ----------------------------------------------------------------------------------------------------------------
@@ -117,13 +144,12 @@ class Gpu(NamedTuple):
     bandwidth: float  # bytes per second
     l2_cache: int
     shared_memory: int  # bytes of a core
-    peak_flops: float  # in bfloat16, without sparsity; in float32, by TF32 as is XLA's default, half of that
 
 
 GPUS = {
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", "major: 8", 108, 64, 1.41, 84_974_239_744, 2.039e12, 41_943_040, 167_936, 312e12),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", "major: 9", 132, 128, 1.98, 84_978_434_048, 3.352e12, 52_428_800, 233_472, 989e12),
-    "h200": Gpu("NVIDIA H200", "major: 9", 132, 128, 1.98, 150_110_011_392, 4.8e12, 52_428_800, 233_472, 989e12),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", "major: 8", 108, 64, 1.41, 84_974_239_744, 2.039e12, 41_943_040, 167_936),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", "major: 9", 132, 128, 1.98, 84_978_434_048, 3.352e12, 52_428_800, 233_472),
+    "h200": Gpu("NVIDIA H200", "major: 9", 132, 128, 1.98, 150_110_011_392, 4.8e12, 52_428_800, 233_472),
 }
 TARGET = """
 gpu_device_info {{
@@ -153,8 +179,7 @@ def find_gpu(card: str, num_cards: int) -> Machine:
     memory = int(gpu.memory * share_of_gpu())
     # XLA finds the tiles of Triton's products by trying them on a card, and some shapes have no others.
     options = {"xla_gpu_enable_triton_gemm": False}
-    peaks = {"float32": gpu.peak_flops / 2, "bfloat16": gpu.peak_flops}
-    return Machine(name, devices, memory, peaks, compiler_options=options)
+    return Machine(name, devices, memory, peak_flops(gpu.kind), compiler_options=options)
 
 
 def share_of_gpu() -> float:
@@ -186,10 +211,7 @@ def this() -> Machine:
     if devices[0].platform == "cpu":
         memory, _ = memory_of_cpu()
         return Machine("this", devices, memory and memory // len(devices), {})
-    peaks = {tpu.kind: (tpu.peak_flops, tpu.peak_flops) for tpu in TPUS.values()}
-    peaks |= {gpu.kind: (gpu.peak_flops / 2, gpu.peak_flops) for gpu in GPUS.values()}
-    peak = dict(zip(("float32", "bfloat16"), peaks[kind], strict=True)) if kind in peaks else {}
-    return Machine("this", devices, stats.get("bytes_limit"), peak)
+    return Machine("this", devices, stats.get("bytes_limit"), peak_flops(kind, getattr(devices[0], "num_cores", None)))
 
 
 class Memory(NamedTuple):

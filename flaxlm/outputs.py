@@ -160,6 +160,13 @@ def check_resumable(directory: str) -> None:
         cli.fail(f"--resume_from_checkpoint auto: {directory} holds a finished run without its checkpoints; {remedy}")
 
 
+def goes_on(training_args: arguments.TrainingArguments) -> bool:
+    """Will it train on from a checkpoint, as far as that can be seen before output_dir is held?"""
+    path = training_args.output_dir
+    is_there = training_args.resume_from_checkpoint == AUTO and os.path.isdir(path) and bool(found_checkpoints(path))
+    return is_there or training_args.resume_from_checkpoint not in (None, AUTO)
+
+
 def found_checkpoints(directory: str) -> list[str]:
     """Names of checkpoints of ours, be they damaged: that none can be read must not mean that there was none."""
     names = (name for name in os.listdir(directory) if re.fullmatch(r"checkpoint-\d+(\.damaged)?", name))

@@ -34,6 +34,8 @@ def parse(text: str | None) -> tuple[int, int] | None:
 def check(training_args: arguments.TrainingArguments, num_steps: int) -> None:
     """Refuse steps that a run of so many does not have."""
     steps = parse(training_args.profile_steps)
+    if steps and not training_args.do_train:
+        cli.fail(f"--profile_steps {training_args.profile_steps}: traces steps of training; add --do_train or drop the flag")
     if steps and steps[1] > num_steps:
         cli.fail(f"--profile_steps {training_args.profile_steps}: the run ends with step {num_steps}")
 

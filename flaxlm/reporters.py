@@ -7,9 +7,11 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
@@ -25,6 +27,9 @@ logger = logging.getLogger(__name__)
 TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "Trackio"}
 PROJECT = "flaxlm"  # unless --project, or for wandb WANDB_PROJECT, names another
 PATIENCE = 120.0  # seconds in which a server may take the last points
+START = 90.0  # seconds in which a server may answer before training begins
+SILENCE = 5.0  # seconds of waiting for a server after which that is told
+LIMITS = {"wandb": ", or those of WANDB_INIT_TIMEOUT"}  # wandb's own is as long
 
 
 def check(training_args: arguments.TrainingArguments) -> None:
@@ -40,6 +45,42 @@ def check(training_args: arguments.TrainingArguments) -> None:
         if found is None or found.origin is None:  # a folder of that name, as wandb leaves, is no package
             install = f'pip install "flaxlm[{name}]", or from a clone: pip install ".[{name}]"'
             cli.fail(f"--report_to {name}: its package is not installed; {install}")
+
+
+ASK_WANDB = """
+import sys
+sys.path[:] = {path}
+import wandb
+try:
+    wandb.login(verify=False)
+except (wandb.Error, ValueError) as error:
+    print(error)
+    sys.exit(3 if isinstance(error, wandb.Error) else 4)
+"""
+
+
+def check_login(training_args: arguments.TrainingArguments, goes_on: bool) -> None:
+    """Refuse a run whose points Weights & Biases would not take, for want of a login or by a wrong setting.
+
+    Asked is the client itself, in a process of its own: here it would leave threads, which what is forked afterwards does not
+    survive; its server is not. A run that goes on from a checkpoint is not refused, since no reporter may stop a training; nor
+    are several processes, of which only one needs a login: there the reporter fails and is told of.
+    """
+    is_alone = not (training_args.multihost or training_args.coordinator_address)
+    if "wandb" not in training_args.report_to.split() or not training_args.do_train or goes_on or not is_alone:
+        return
+    command = [sys.executable, "-c", ASK_WANDB.format(path=sys.path)]
+    environment = os.environ | {"WANDB_SILENT": "true"}
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        asked = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE
+        )
+        reason = " ".join(asked.stdout.strip().splitlines()[:3])
+        if asked.returncode == 3:
+            remedy = "run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline to upload later"
+            cli.fail(f"--report_to wandb: {reason.partition('.')[0]}; {remedy}")
+        if asked.returncode == 4:
+            cli.fail(f"--report_to wandb: {reason}; see the variables WANDB_... in the environment")
 
 
 class TensorBoard:
@@ -68,19 +109,25 @@ class TensorBoard:
         self.writer.close()
 
 
+FLUSHING = "x_transaction_log_flush_interval"  # seconds between writes of wandb's file; 15 by itself
+
+
 class Wandb:
     """A run of Weights & Biases, or the same run again."""
 
     def __init__(self, training_args: arguments.TrainingArguments, config: Mapping[str, Any], known: Mapping[str, str]):
         import wandb
 
+        wandb.setup(wandb.Settings(silent=True))  # so it asks no questions either: nobody may be there to answer
         # Without x_disable_meta the command line goes there, and with it the tokens that may be in it.
         settings = wandb.Settings(silent=True, console=os.environ.get("WANDB_CONSOLE", "off"), x_disable_meta=True)
+        if hasattr(settings, FLUSHING):  # a setting of newer versions: what is killed has lost no more than a second
+            setattr(settings, FLUSHING, 1.0)
         directory = os.environ.get("WANDB_DIR") or training_args.output_dir
         self.wandb = wandb
         self.run = wandb.init(
             project=training_args.project or os.environ.get("WANDB_PROJECT") or known.get("project", PROJECT),
-            name=os.environ.get("WANDB_NAME") or run_name(training_args),
+            name=training_args.run_name or os.environ.get("WANDB_NAME") or run_name(training_args),
             id=os.environ.get("WANDB_RUN_ID") or known.get("id"),
             resume="allow", dir=directory, config=dict(config), allow_val_change=True, settings=settings,
         )  # fmt: skip
@@ -92,7 +139,7 @@ class Wandb:
         self.directory = os.path.dirname(self.run.dir)
         self.where = f"offline in {self.directory}; to upload: wandb sync {self.directory}"
         if not self.run.offline:
-            self.where = str(self.run.url)
+            self.where = self.run.url or "disabled"
 
     def send(self, step: int, row: Mapping[str, Any]) -> None:
         self.run.log({**row, "train/global_step": step})
@@ -102,21 +149,30 @@ class Wandb:
 
     def finish(self) -> None:
         """Wait for the upload, but not for ever: a server that is away keeps wandb waiting."""
-        failures: list[BaseException] = []
+        try:
+            within(PATIENCE, self.run.finish)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}; to upload what is missing: wandb sync {self.directory}") from error
 
-        def finish() -> None:
-            try:
-                self.run.finish()
-            except BaseException as error:
-                failures.append(error)
 
-        thread = threading.Thread(target=finish, name="wandb", daemon=True)
-        thread.start()
-        thread.join(PATIENCE)
-        if thread.is_alive():
-            raise TimeoutError(f"no answer in {PATIENCE:.0f} s; to upload what is missing: wandb sync {self.directory}")
-        if failures:
-            raise failures[0]
+def within(seconds: float, function: Callable, *args: Any, **options: Any) -> Any:
+    """What the function gives, in a thread that is left alone if it takes longer: then TimeoutError."""
+    results, failures = [], []
+
+    def call() -> None:
+        try:
+            results.append(function(*args, **options))
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=call, name=function.__name__, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failures:
+        raise failures[0]
+    if not results:
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return results[0]
 
 
 def escape(text: str) -> str:
@@ -133,20 +189,21 @@ class Trackio:
         project = training_args.project or known.get("project", PROJECT)
         name = known.get("name") or run_name(training_args)
         with contextlib.redirect_stdout(io.StringIO()):
-            run = trackio.init(project, name, config=dict(config), resume="allow" if known else "never", embed=False)
+            options = {"config": dict(config), "resume": "allow" if known else "never", "embed": False}
+            self.run = run = within(START, trackio.init, project, name, **options)  # of a Space it would wait for ever
         self.identity = {"name": run.name, "project": project}
         self.last = getattr(run, "_next_step", 1) - 1 if known else 0  # it has no public name
         self.where = f"run {run.name}; to look at it: trackio show --project {project}"
 
     def send(self, step: int, row: Mapping[str, Any]) -> None:
-        self.trackio.log(dict(row), step=step)
+        self.run.log(dict(row), step=step)
 
     def text(self, markdown: str) -> Any:
         return self.trackio.Markdown(markdown)
 
     def finish(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            self.trackio.finish()
+            within(PATIENCE, self.run.finish)
 
 
 class Rows:
@@ -185,6 +242,18 @@ def run_name(training_args: arguments.TrainingArguments) -> str:
     return training_args.run_name or os.path.basename(os.path.abspath(training_args.output_dir))
 
 
+@contextlib.contextmanager
+def saying(line: str) -> Iterator[None]:
+    """Say so if what is done within takes long."""
+    timer = threading.Timer(SILENCE, logger.info, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Reports:
     """All that a run reports to, from process 0. One that fails is told of, once, and training goes on without it."""
 
@@ -201,7 +270,9 @@ class Reports:
 
     def open(self, name: str, make: Callable[[], TensorBoard | Rows]) -> None:
         """Add a reporter, unless that fails."""
-        self.attempt(name, lambda: self.reporters.setdefault(name, make()))
+        limit = f"{START:.0f} seconds{LIMITS.get(name, '')}"
+        with saying(f"{TITLES[name]} does not answer yet; training begins when it has, or without it after {limit}"):
+            self.attempt(name, lambda: self.reporters.setdefault(name, make()))
         if name in self.reporters and isinstance(self.reporters[name], Rows):
             logger.info("%s: %s", TITLES[name], self.reporters[name].client.where)
 
@@ -213,7 +284,8 @@ class Reports:
             function(*args)
         except Exception as error:
             self.failed.add(name)
-            logger.error("%s's points can no longer be written: %s; training goes on", TITLES[name], cli.first_line(error))
+            reason = cli.first_line(error).rstrip(".")
+            logger.error("%s's points can no longer be written: %s; training goes on", TITLES[name], reason)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Points of this step, by the names that TensorBoard has for them: train_loss, eval_accuracy, ..."""
@@ -233,7 +305,8 @@ class Reports:
     def close(self) -> None:
         """Once; nothing can be added afterwards."""
         for name in list(self.reporters):
-            self.attempt(name, self.reporters.pop(name).close)
+            with saying(f"Waiting for {TITLES[name]} to take the last points, which are in this machine's memory or files ..."):
+                self.attempt(name, self.reporters.pop(name).close)
 
 
 def open_reports(args: arguments.Arguments, config: PretrainedConfig, progress: Mapping[str, Any] | None) -> Reports:

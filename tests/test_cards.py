@@ -8,8 +8,9 @@ import shlex
 import huggingface_hub
 import pytest
 
+import run_clm_flax
 import run_mlm_flax
-from flaxlm import arguments, cards, cli
+from flaxlm import arguments, cards, cli, command_line
 from tests.conftest import run
 from tests.test_streams import back_to
 
@@ -66,6 +67,46 @@ def test_the_command_is_one(finished):
     _, data_args, training_args = cli.ScriptArgumentParser(parts).parse(flags)
     assert data_args.train_file == ["my text.txt"]
     assert (training_args.max_steps, training_args.save_safetensors) == (6, False)
+
+
+SHORT = "run_clm_flax.py --config_name x --tokenizer_name x --train_file a.txt --output_dir out"
+
+
+@pytest.mark.parametrize(
+    ("flags", "command"),
+    [
+        ([], SHORT),
+        (["--do_train", "--do_eval"], SHORT),
+        (["--do_train"], f"{SHORT} --do_train"),
+        (["--resume_from_checkpoint", "--resume_changes", "max_steps"], SHORT),
+        (["--optim", "lion"], f"{SHORT} --optim lion"),
+        (["--optim", "lion", "--adam_beta2", "0.999"], f"{SHORT} --optim lion --adam_beta2 0.999"),
+        (["--lamb"], f"{SHORT} --optim lamb"),
+        (["--no_keep_linebreaks"], SHORT.replace(" --output_dir", " --keep_linebreaks false --output_dir")),
+        (["--report_to", "tensorboard", "trackio"], f"{SHORT} --report_to tensorboard trackio"),
+        (
+            ["--eval_steps", "1", "--load_best_model_at_end", "--greater_is_better", "False"],
+            f"{SHORT} --eval_steps 1 --load_best_model_at_end --greater_is_better false",
+        ),
+    ],
+)
+def test_the_command_is_short_and_leads_to_the_same_run(flags, command, tmp_path, monkeypatch):
+    """From flags and from a file of them: none that is as if unset, none of how a run was resumed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+
+    def parse(words):
+        args = command_line.parse(words, run_clm_flax.DataTrainingArguments, run_clm_flax.MODELS, None)
+        return args, arguments.public(*args) | {"resume_from_checkpoint": None, "resume_changes": None}
+
+    args, found = parse([*SHORT.split()[1:], *flags])
+    python, *words = shlex.split(cards.command("run_clm_flax.py", args).replace("\\\n", ""))
+    assert (python, words) == ("python", shlex.split(command))
+    assert parse(words[1:])[1] == found
+    values = {name: value for name, value in found.items() if value is not None}
+    (tmp_path / "flags.json").write_text(json.dumps(values))
+    args, _ = parse(["flags.json"])
+    assert shlex.split(cards.command("run_clm_flax.py", args).replace("\\\n", "")) == [python, *words]
 
 
 def test_what_there_is_not_has_no_section(finished, tmp_path):

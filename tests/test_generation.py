@@ -22,7 +22,7 @@ import run_bart_dlm_flax
 import run_clm_flax
 import run_mlm_flax
 import run_t5_mlm_flax
-from flaxlm import cli, command_line, generation, models, sharding
+from flaxlm import cli, command_line, files, generation, models, sharding
 from tests import oracle
 from tests.test_checkpoints import MEASURED
 from tests.test_sharding import run_lines
@@ -350,7 +350,31 @@ def test_shown_without_harm():
         (run_clm_flax, "", [], "^--generate_samples .*: is empty"),
         (run_clm_flax, " \n\n", [], "^--generate_samples .*: has blank lines only"),
         (run_clm_flax, "a\n" * 2000, [], "^--generate_samples .*: has more than 1024 lines"),
-        (run_clm_flax, "Grüße".encode("latin-1"), [], "^--generate_samples .*: .*cannot be read as text: .* not UTF-8"),
+        (run_clm_flax, "a" * (2**24 + 1), [], "^--generate_samples .*: has more than 16 MiB"),
+        (
+            run_clm_flax,
+            "one",
+            ["--generate_samples", "p.md"],
+            "^--generate_samples p.md: must be a txt file",
+        ),
+        (
+            run_clm_flax,
+            "one",
+            ["--generate_samples", "https://a.b/p.txt"],
+            "^--generate_samples https.*: an address",
+        ),
+        (
+            run_clm_flax,
+            "Grüße".encode("latin-1"),
+            [],
+            "^--generate_samples .*: .*cannot be read as text: .*; convert it",
+        ),
+        (
+            run_clm_flax,
+            "one\n".encode("utf-16"),
+            [],
+            "^--generate_samples .*: .*cannot be read as text: .*; convert it",
+        ),
     ],
 )
 def test_mistakes(module, content, flags, message, corpus, tmp_path, refuses):
@@ -362,13 +386,31 @@ def test_mistakes(module, content, flags, message, corpus, tmp_path, refuses):
         command_line.parse(argv, module.DataTrainingArguments, module.MODELS, None)
 
 
+def test_how_prompts_are_named(tmp_path, monkeypatch, refuses):
+    """By a path, also from home; a pattern or a directory if it is of one file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfone \r\n\r\n \xe2\x80\xa8two\0\n \n")
+    for name in ("p.txt", "~/p.txt", "*.txt"):
+        assert files.read_prompts(name, "--generate_samples") == ["one ", " \u2028two\0"]
+    (tmp_path / "q.txt").write_text("three")
+    with refuses("^--generate_samples: names 2 files, as p.txt; name one of them"):
+        files.read_prompts("*.txt", "--generate_samples")
+
+
+def test_tokens_are_drawn_among_the_likeliest_or_it_is_told(line, tmp_path, refuses):
+    """T5 and BART draw none unless told so: --top_p alone would do nothing."""
+    with refuses(r"^--top_p 0.5: .*a model with an encoder draws none unless told so; add --temperature 1"):
+        run_t5_mlm_flax.main(line("t5", tmp_path / "out", "--top_p", 0.5))
+
+
 def test_flags_that_do_nothing_alone(corpus, tmp_path, refuses):
     base = ["--config_name", "x", "--tokenizer_name", "x", "--train_file", corpus, "--output_dir", tmp_path / "out"]
     for flag in ("--max_new_tokens", "--temperature", "--top_p"):
         argv = [str(part) for part in [*base, flag, "1" if flag != "--top_p" else "0.5"]]
         with refuses(f"^{flag}: says how --generate_samples writes"):
             command_line.parse(argv, run_clm_flax.DataTrainingArguments, run_clm_flax.MODELS, None)
-    for path, message in (("nothing.txt", "no such file"), (corpus.with_suffix(".json"), "no such file")):
+    for path, message in (("nothing.txt", "no such file"), (corpus.with_suffix(".json"), "must be a txt file")):
         with refuses(f"^--generate_samples .*: {message}"):
             argv = [str(part) for part in [*base, "--generate_samples", path]]
             command_line.parse(argv, run_clm_flax.DataTrainingArguments, run_clm_flax.MODELS, None)

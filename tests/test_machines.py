@@ -57,3 +57,37 @@ def test_a_compiler_that_is_not_installed_is_named(name, package, refuses, monke
 def test_what_of_a_gpu_jax_takes(said, share, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", said)
     assert machines.share_of_gpu() == share
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops"),
+    [
+        ("TPU v2", (23, 23)), ("TPU v3", (61.5, 61.5)), ("TPU v4", (275, 275)), ("TPU v5 lite", (197, 197)),
+        ("TPU v5", (459, 459)), ("TPU v6 lite", (918, 918)),
+        ("NVIDIA A100-SXM4-40GB", (156, 312)), ("NVIDIA A100-SXM4-80GB", (156, 312)), ("NVIDIA A100 80GB PCIe", (156, 312)),
+        ("NVIDIA H100 80GB HBM3", (494.5, 989)), ("NVIDIA H100 PCIe", (378, 756)), ("NVIDIA H200", (494.5, 989)),
+        ("NVIDIA L4", (60, 121)), ("Tesla T4", (8.1, 8.1)), ("Tesla V100-SXM2-16GB", (15.7, 15.7)),
+        ("Tesla V100-PCIE-16GB", (14, 14)),
+        ("cpu", None), ("NVIDIA L40S", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("TPU v4 superb", None),
+    ],
+)  # fmt: skip
+def test_peaks(kind, tflops):
+    """Of a device as jax names it, in float32 and bfloat16; of a part of a card, or another card of like name, nothing."""
+    peaks = machines.peak_flops(kind)
+    assert peaks == ({} if tflops is None else dict(zip(("float32", "bfloat16"), [1e12 * t for t in tflops], strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("version", "kind", "num_cores"),
+    [
+        ("v2", "TPU v2", 1), ("v3", "TPU v3", 1), ("v4i", "TPU v4 lite", 1), ("v4", "TPU v4", 1), ("v4", "TPU v4", 2),
+        ("v5e", "TPU v5 lite", 1), ("v5p", "TPU v5", 1), ("v5p", "TPU v5", 2), ("v6e", "TPU v6 lite", 1), ("7x", "TPU7x", 1),
+    ],
+)  # fmt: skip
+def test_peaks_are_those_of_jax(version, kind, num_cores):
+    """Whose kernels know their chips, and of v3 another clock; with one or both cores of a chip in a device."""
+    from jax.experimental.pallas import tpu
+
+    per_core = tpu.get_tpu_info_for_chip(tpu.ChipVersion(version), num_cores).bf16_ops_per_second
+    found = machines.peak_flops(kind, num_cores)["bfloat16"]
+    assert found == pytest.approx(per_core * num_cores, rel=0.13 if version == "v3" else 0.01)

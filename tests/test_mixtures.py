@@ -294,9 +294,23 @@ def test_the_size_of_what_is_evaluated(streaming, prepare, data, tmp_path):
         alone, _ = prepare("--mixture_file", tmp_path / f"{name}.json", module=run_clm_flax, streaming=streaming)
         is_of_it = (whole.validation["input_ids"][:, None] == alone.validation["input_ids"][None]).all(-1).any(-1)
         size = alone.validation_text
-        expected_bytes += is_of_it.sum() * 32 * size.num_bytes / size.num_tokens
-    assert whole.validation_text.num_tokens == whole.validation["input_ids"].size
+        expected_bytes += (whole.validation["input_ids"][is_of_it] >= 0).sum() * size.num_bytes / size.num_tokens
+    assert whole.validation_text.num_tokens == (whole.validation["input_ids"] >= 0).sum()
     assert whole.validation_text.num_bytes == pytest.approx(expected_bytes, rel=0.05 if streaming else 1e-3)
+
+
+@BOTH
+def test_the_size_of_a_few_short_texts(streaming, prepare, data, tmp_path):
+    """What fills up a row is no token: where all rows are evaluated tokens and bytes are those of the texts, to the last."""
+    texts = {"short": "Grüße, naïve façade", "long": "模型预测词语, one two three four\n" * 8}
+    mixture = {}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text, "utf-8")
+        mixture[name] = {"train_file": str(data / "prose.txt"), "validation_file": str(tmp_path / f"{name}.txt"), "weight": 1}
+    write(tmp_path / "mixture.json", mixture)
+    whole, _ = prepare("--mixture_file", tmp_path / "mixture.json", module=run_clm_flax, streaming=streaming)
+    num_tokens = (whole.validation["input_ids"] >= 0).sum()
+    assert whole.validation_text == (num_tokens, sum(len(text.encode()) for text in texts.values()))
 
 
 @BOTH

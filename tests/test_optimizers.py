@@ -333,6 +333,32 @@ def test_schedules_in_closed_form(kind, flags, warmup):
 
 
 @pytest.mark.torch
+def test_adafactor_is_that_of_transformers():
+    """With its defaults of T5, for a rate that is given; but for the decay, which there follows the size of the weights too."""
+    import torch
+    from transformers.optimization import Adafactor
+
+    np_rng = np.random.default_rng(0)
+    optimizer = optimizers.make_optimizer(
+        arguments.TrainingArguments(output_dir="", optim="adafactor"), optax.constant_schedule(0.01)
+    )
+    first = {name: 0.05 * np_rng.normal(size=shape) for name, shape in {"kernel": (256, 192), "bias": (192,)}.items()}
+    params = {name: jnp.asarray(array, jnp.float32) for name, array in first.items()}
+    theirs = {name: torch.nn.Parameter(torch.tensor(array, dtype=torch.float32)) for name, array in first.items()}
+    adafactor, state = Adafactor(theirs.values(), lr=0.01, relative_step=False, warmup_init=False), optimizer.init(params)
+    for _ in range(4):
+        grads = {name: 1e-3 * np_rng.normal(size=array.shape) for name, array in first.items()}
+        updates, state = optimizer.update({k: jnp.asarray(v, jnp.float32) for k, v in grads.items()}, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, grad in grads.items():
+            theirs[name].grad = torch.tensor(grad, dtype=torch.float32)
+        adafactor.step()
+    for name, start in first.items():
+        way = np.linalg.norm(params[name] - start)
+        assert np.linalg.norm(params[name] - theirs[name].detach().numpy()) < 1e-4 * way
+
+
+@pytest.mark.torch
 @ALL_SCHEDULES
 def test_schedules_are_those_of_transformers(kind, flags, warmup):
     """Update s gets what PyTorch's optimizer has before its step s (from 0)."""

@@ -89,3 +89,10 @@ def test_steps_that_a_run_does_not_have(roberta_dir, corpus, tmp_path, refuses):
     with refuses(r"--profile_steps 2:7: the run ends with step \d$"):  # known when the data has been read
         run(tmp_path / "b", roberta_dir, *flags[:2], "--max_train_samples", 16, "--do_train", "--profile_steps", "2:7")
     assert not (tmp_path / "b").exists()
+
+
+def test_an_evaluation_has_no_steps(refuses):
+    """Told before anything is loaded, whatever the plan of a run that is only evaluated says."""
+    training_args = arguments.TrainingArguments("out", do_eval=True, profile_steps="1:2")
+    with refuses("--profile_steps 1:2: traces steps of training; add --do_train or drop the flag"):
+        profiles.check(training_args, 100)

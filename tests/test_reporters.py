@@ -5,11 +5,14 @@ import contextlib
 import json
 import os
 import re
+import socket
 import sqlite3
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
@@ -191,17 +194,20 @@ def test_a_run_of_the_same_name_is_another(reported, places, train):
     assert not list(output_dir.glob("events*"))
 
 
+AWAY = {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}  # a login, and a server that does not answer
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"WANDB_MODE": "online", "WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"}, "No API key"),
+        (AWAY | {"WANDB_MODE": "online", "WANDB_INIT_TIMEOUT": "2"}, "Weights & Biases's points"),
         ({"TRACKIO_DIR": "/dev/null/x"}, "trackio failed to flush"),  # which it tells itself, and forgets
     ],
-    ids=["no key", "no place"],
+    ids=["no server", "no place"],
 )
 def test_a_reporter_that_fails_does_not_stop_training(changes, reason, places, train):
     """Told of once; the exit status is that of the training."""
-    output_dir = places[0] / f"failing-{next(iter(changes))}"
+    output_dir = places[0] / f"failing-{len(changes)}"
     done = train("--output_dir", output_dir, "--report_to", "tensorboard", "wandb", "trackio", "--max_steps", 2, **changes)
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stderr.splitlines() if "no longer be written" in line or "trackio failed" in line]
@@ -282,7 +288,22 @@ assert not reports.failed, reports.failed
     assert "1 &lt; 2, **Once**" in page.read_text()
 
 
-BASE = ["--config_name", "x", "--tokenizer_name", "x", "--train_file", "a.txt", "--output_dir", "out"]
+def test_what_wandb_has_when_a_run_is_killed(places, tmp_path):
+    """All but what came in the last moments: what a checkpoint says is sent does not come again."""
+    code = f"""
+import os, signal, time
+from flaxlm import arguments, reporters
+client = reporters.Rows(reporters.Wandb(arguments.TrainingArguments({str(tmp_path)!r}), {{}}, {{}}))
+client.add(1, {{"train_loss": 1.0}})
+client.flush(1)
+time.sleep(5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    env = places[1] | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -9, done.stderr
+    (records,) = wandb_records(tmp_path)
+    assert wandb_rows(records) == [{"train/loss": 1.0, "train/global_step": 1}]
 
 
 @pytest.mark.parametrize(
@@ -312,8 +333,9 @@ def test_a_package_that_is_missing(name, folder, refuses, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("given", [["tensorboard", "wandb"], "tensorboard wandb"])
-def test_the_flag_in_a_file(given, corpus, tmp_path):
+def test_the_flag_in_a_file(given, corpus, tmp_path, monkeypatch):
     """A list, or one text."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
     path = tmp_path / "arguments.json"
     values = {"config_name": "x", "tokenizer_name": "x", "train_file": str(corpus), "output_dir": str(tmp_path / "out")}
     path.write_text(json.dumps(values | {"report_to": given}))
@@ -327,3 +349,148 @@ def test_runs_of_wandb_stay_when_a_directory_is_used_again(reported):
     output_dir, _ = reported
     training_args = arguments.TrainingArguments(str(output_dir), do_train=True, overwrite_output_dir=True)
     assert "wandb" not in {path.name for path in outputs.stale_files(training_args)}
+
+
+@pytest.fixture
+def no_login(tmp_path, monkeypatch):
+    """Nobody has logged in to Weights & Biases here: an environment without that, for a process of its own too."""
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "XDG_"))] + ["NETRC"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+
+
+REMEDY = "; run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline to upload later$"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "--report_to wandb: No API key configured" + REMEDY),
+        ({"WANDB_API_KEY": "short"}, "--report_to wandb: WANDB_API_KEY invalid: .*" + REMEDY),
+        ({"WANDB_MODE": "ofline"}, "--report_to wandb: .*'offline'.*; see the variables WANDB_... in the environment$"),
+        (AWAY, None),  # whether that is right its server knows, which is not asked
+        ({"WANDB_MODE": "offline"}, None),
+        ({"WANDB_MODE": "disabled"}, None),
+    ],
+    ids=["none", "malformed", "a mode that is none", "a key", "offline", "disabled"],
+)
+def test_a_login_that_is_missing(changes, message, no_login, monkeypatch, refuses):
+    """Told before anything is loaded."""
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    training_args = arguments.TrainingArguments("out", do_train=True, report_to="tensorboard wandb")
+    with refuses(message) if message else contextlib.nullcontext():
+        reporters.check_login(training_args, goes_on=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "goes_on"),
+    [({}, True), ({"do_train": False}, False), ({"multihost": True}, False), ({"report_to": "trackio"}, False)],
+    ids=["goes on", "evaluation", "several processes", "another"],
+)
+def test_a_login_that_need_not_be_there(changes, goes_on, no_login):
+    """Training that goes on is not stopped; of several processes only one needs it; an evaluation reports nowhere."""
+    values = {"do_train": True, "report_to": "wandb"} | changes
+    reporters.check_login(arguments.TrainingArguments("out", **values), goes_on)
+
+
+def test_the_command_line_asks_for_a_login(no_login, corpus, tmp_path, refuses):
+    """At a start, also one that may become another; not where there is a checkpoint."""
+    output_dir = tmp_path / "out"
+    flags = ["--config_name", "x", "--tokenizer_name", "x", "--train_file", corpus, "--output_dir", output_dir]
+    flags += ["--report_to", "wandb", "--resume_from_checkpoint", "auto"]
+
+    def parse():
+        command_line.parse([*map(str, flags)], script.DataTrainingArguments, script.MODELS, None)
+
+    with refuses("No API key configured"):
+        parse()
+    (output_dir / "checkpoint-2" / "state").mkdir(parents=True)
+    (output_dir / "run_info.json").write_text('{"script": "", "arguments": {}, "versions": {}}')
+    parse()
+
+
+def test_nobody_is_asked_on_a_terminal(no_login, tmp_path):
+    """wandb would show a menu there, and a run that nobody watches would stand still."""
+    code = f"""
+from flaxlm import arguments, reporters
+reports = reporters.Reports()
+args = arguments.TrainingArguments({str(tmp_path)!r})
+reports.open("wandb", lambda: reporters.Rows(reporters.Wandb(args, {{}}, {{}})))
+assert reports.failed == {{"wandb"}}
+"""
+    ours, theirs = os.openpty()
+    env = os.environ | {"PYTHONPATH": os.getcwd(), "TERM": "xterm"}
+    with contextlib.closing(os.fdopen(ours, "rb", buffering=0)) as terminal:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env=env, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        os.close(theirs)
+        try:
+            assert process.wait(timeout=120) == 0
+        finally:
+            process.kill()
+        assert b"No API key configured" in (said := terminal.read(65536)), said
+        assert b"Enter your choice" not in said
+
+
+def test_a_space_that_never_answers(places, tmp_path):
+    """Trackio would wait for ever, and training with it."""
+    code = f"""
+import sys
+from flaxlm import arguments, reporters
+reporters.START = 3.0
+reports = reporters.Reports()
+reports.open("trackio", lambda: reporters.Rows(reporters.Trackio(arguments.TrainingArguments({str(tmp_path)!r}), {{}}, {{}})))
+assert reports.failed == {{"trackio"}}
+assert sys.stdout is sys.__stdout__
+"""
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, and says nothing
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        env = places[1] | {"PYTHONPATH": os.getcwd(), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_TOKEN": "hf_x"}
+        env |= {"TRACKIO_SPACE_ID": "me/space", "TRACKIO_DIR": str(tmp_path / "trackio")}
+        done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Trackio's points can no longer be written: no answer in 3 s; training goes on" in done.stderr
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_who_does_not_answer_is_told(seconds, messages_logged, monkeypatch):
+    """Before the first step and after the last; not what is done at once."""
+
+    class Client:
+        identity, last = {}, 0
+
+        def finish(self):
+            time.sleep(seconds)
+
+    def make():
+        time.sleep(seconds)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(reporters, "SILENCE", 0.3)
+    reports = reporters.Reports()
+    reports.open("wandb", make)
+    reports.reporters = {"trackio": reporters.Rows(Client())}
+    reports.close()
+    waiting = [line for line in messages_logged if "does not answer yet" in line or "Waiting for" in line]
+    assert len(waiting) == (2 if seconds else 0)
+    if seconds:
+        assert "Weights & Biases does not answer yet" in waiting[0]
+        assert "90 seconds, or those of WANDB_INIT_TIMEOUT" in waiting[0]
+        assert "Trackio" in waiting[1]
+
+
+@pytest.mark.parametrize(("flag", "name"), [(None, "of-variable"), ("of-flag", "of-flag")])
+def test_what_is_said_wins_over_the_environment(flag, name, monkeypatch):
+    """--project and --run_name over WANDB_PROJECT and WANDB_NAME; and wandb that is switched off says so."""
+    import wandb
+
+    given, run = {}, mock.Mock(id="abc", project="p", resumed=False, offline=False, url=None, dir="here/files")
+    monkeypatch.setattr(wandb, "setup", lambda settings: None)  # which would leave a thread
+    monkeypatch.setattr(wandb, "init", lambda **options: given.update(options) or run)
+    for variable in ("WANDB_NAME", "WANDB_PROJECT"):
+        monkeypatch.setenv(variable, "of-variable")
+    client = reporters.Wandb(arguments.TrainingArguments("out", run_name=flag, project=flag), {}, {})
+    assert (given["name"], given["project"], client.where) == (name, name, "disabled")
