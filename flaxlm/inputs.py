@@ -96,9 +96,14 @@ def find_address(name: str, flag: str, token: str | None) -> tuple[list[str], in
     with addresses.told_of(flag, name):
         found = addresses.find(name, flag, token)
     if found.is_list:
-        return of_our_formats(found.names, f"{flag} {addresses.shown(name)}", "there")
-    check_suffix(name, flag)
-    return found.names, 0
+        ours = of_our_formats(found.names, f"{flag} {addresses.shown(name)}", "there")
+    else:
+        check_suffix(name, flag)
+        ours = found.names, 0
+    for path, size in zip(found.names, found.sizes, strict=True):
+        if size == 0 and path in ours[0]:
+            cli.fail(f"{flag} {addresses.shown(path)}: is empty")
+    return ours
 
 
 def check_suffix(name: str, flag: str) -> None:

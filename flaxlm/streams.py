@@ -134,11 +134,11 @@ def told_of_streams(source: str) -> Iterator[None]:
         with cli.reading(f"{source}: cannot be read further"):
             yield
     except cli.Ending as ending:
-        error = next((error for error in cli.causes(ending) if addresses.is_about_network(error)), None)
-        if error is None:
+        judged = addresses.explain(source, ending)
+        if not isinstance(judged, cli.Accident):
             raise
         advice = "if a checkpoint was saved, the same command with --resume_from_checkpoint goes on from it"
-        raise cli.Accident(f"{source}: the network failed: {cli.first_line(error)}; {advice}") from ending
+        raise cli.Accident(f"{judged}; {advice}") from ending
 
 
 class DealtTexts:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import threading
 from urllib.parse import urlsplit
 
@@ -91,6 +92,15 @@ def write(path, texts=TEXTS) -> None:
 def texts_of(names, directory, streaming: bool, **options) -> list[str]:
     rows = files.load(names, "--train_file", str(directory), streaming=streaming, **options)
     return [row["text"] for row in rows]
+
+
+@pytest.fixture
+def no_clients(monkeypatch):
+    """As if s3fs and gcsfs were not installed; where they are, they may have been imported already."""
+    for package, protocols in (("s3fs", ("s3", "s3a")), ("gcsfs", ("gs", "gcs"))):
+        monkeypatch.setitem(sys.modules, package, None)
+        for protocol in protocols:
+            monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
 
 
 BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "streaming"])
@@ -227,7 +237,7 @@ def test_a_server_that_is_not_there():
         ("a?.txt", "a?.txt"),
     ],
 )
-def test_secrets_in_addresses_are_not_shown(address, shown, tmp_path):
+def test_secrets_in_addresses_are_not_shown(address, shown, no_clients, tmp_path):
     """Neither in messages nor in what is logged and written of a run."""
     assert addresses.shown(address) == shown
     data_args = arguments.DataArguments(train_file=[address])
@@ -317,8 +327,6 @@ def test_a_change_in_a_file_system_is_seen(memory, tmp_path):
         ("memory://none/a.txt", "^--train_file memory://none/a.txt: no such file$"),
         ("memory://data/*.csv", r"^--train_file memory://data/\*.csv: there is no txt, .* file there$"),
         ("memory://data/notes.doc", "^--train_file memory://data/notes.doc: unknown suffix"),
-        ("s3://bucket/a.txt", "^--train_file s3://bucket/a.txt: s3:// needs a package that is not installed: pip install s3fs"),
-        ("gs://bucket/*.txt", r"^--train_file gs://bucket/\*.txt: gs:// needs a package .*: pip install gcsfs"),
         ("odd://a/b.txt", "^--train_file odd://a/b.txt: fsspec .* has no protocol odd://"),
     ],
 )
@@ -326,6 +334,27 @@ def test_what_is_not_there(name, message, memory, refuses):
     memory.pipe("/data/notes.doc", b"x")
     with refuses(message):
         inputs.find(name, "--train_file")
+
+
+@pytest.mark.parametrize(("name", "package"), [("s3://bucket/a.txt", "s3fs"), (r"gs://bucket/*.txt", "gcsfs")])
+def test_a_package_that_is_not_installed(name, package, no_clients, refuses):
+    protocol = name.partition(":")[0]
+    with refuses(
+        rf"^--train_file {protocol}://.*: {protocol}:// needs a package that is not installed: pip install {package}$"
+    ):
+        inputs.find(name, "--train_file")
+
+
+def test_empty_files_are_refused(memory, web, refuses):
+    """As local ones are; alone, and in a directory."""
+    memory.pipe("/data/a.txt", b"one\n")
+    memory.pipe("/data/b.txt", b"")
+    (web.directory / "a.txt").touch()
+    for name, empty in (("memory://data", "memory:///data/b.txt"), (f"{web.address}/a.txt",) * 2):
+        with refuses(f"^--train_file {empty}: is empty$"):
+            inputs.find(name, "--train_file")
+    with refuses("^--train_file memory://: names no file$"):
+        inputs.find("memory://", "--train_file")
 
 
 # ---- The Hub -------------------------------------------------------------------------------------------------------------
