@@ -188,14 +188,18 @@ def open_shard(source: text.Source, num_skipped: int, by_files: bool) -> dataset
 
 
 def open_streams(
-    args: arguments.Arguments, tokenize_fn: TokenizeFn, collator: Collator
+    args: arguments.Arguments,
+    tokenize_fn: TokenizeFn,
+    collator: Collator,
+    sources: Mapping[str, text.Source] | None = None,
 ) -> tuple[TextStream | None, TokenRows | None, TextSize | None]:
     """The training stream, the evaluation rows and the size of their text; without validation data these rows come from the
     beginning of the stream.
 
-    They are held out also without do_eval, so that a later evaluation meets what was never trained on.
+    They are held out also without do_eval, so that a later evaluation meets what was never trained on. `sources` are looked
+    for unless they are found already.
     """
-    sources = text.find_sources(args)
+    sources = sources or text.find_sources(args)
     split = "validation" if "validation" in sources else "train"
     reads_rows = args.training.do_eval or split == "train"
     needed = ["train"] * args.training.do_train + [split] * reads_rows
