@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 import fsspec
 import httpx2
@@ -31,15 +31,23 @@ def is_of_web(name: str) -> bool:
 def path_of(name: str) -> str:
     """What tells the format: of an address on the web the path, without what a server is asked beside it (?download=1)."""
     if is_of_web(name):
-        return unquote(urlsplit(name).path)
+        return unquote(split(name).path)
     return next(part for part in name.split("::") if "://" in part) if is_address(name) else name
+
+
+def split(name: str) -> SplitResult:
+    """The parts of an address. One that has none is refused, without showing it: there may be a password in it."""
+    try:
+        return urlsplit(name)
+    except ValueError as error:
+        cli.fail(f"an address of {name.partition('://')[0]}:// is none: {error}")
 
 
 def shown(name: str) -> str:
     """A name as it may be logged: an address without a password, and without the question behind it, which may be signed."""
     if not is_address(name):
         return name
-    parts = urlsplit(name)
+    parts = split(name)
     if not is_of_web(name):
         return name.replace(f"{parts.netloc.rpartition('@')[0]}@", "", 1) if ":" in parts.netloc.rpartition("@")[0] else name
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
@@ -88,6 +96,9 @@ def explain(what: str, error: BaseException) -> cli.Ending:
     chain = list(cli.causes(error))
     answers = {answer_of(cause) for cause in chain if not isinstance(cause, cli.Ending)}
     is_of_hub = " hf://" in what
+    malformed = next((cause for cause in chain if isinstance(cause, httpx2.UnsupportedProtocol | httpx2.InvalidURL)), None)
+    if malformed is not None:
+        return cli.Mistake(f"{what}: is no address: {cli.first_line(malformed)}")
     if any(type(cause).__name__ == "FileExpired" for cause in chain):  # of s3fs, by ETag
         return cli.Mistake(f"{what}: the file has changed while it was read")
     if any(isinstance(cause, FileNotFoundError | IsADirectoryError) for cause in chain) or answers & {404, 410}:

@@ -345,6 +345,18 @@ def test_a_package_that_is_not_installed(name, package, no_clients, refuses):
         inputs.find(name, "--train_file")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("https://me:secret@[::1/a.txt", "^an address of https:// is none: Invalid IPv6 URL$"),
+        ("http:///a.txt", "^--train_file http:///a.txt: is no address: "),
+    ],
+)
+def test_what_is_no_address(name, message, refuses):
+    with refuses(message):
+        inputs.find(name, "--train_file")
+
+
 def test_empty_files_are_refused(memory, web, refuses):
     """As local ones are; alone, and in a directory."""
     memory.pipe("/data/a.txt", b"one\n")
