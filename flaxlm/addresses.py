@@ -198,6 +198,8 @@ def stamp(name: str, flag: str, token: str | None) -> tuple[Any, int | None, boo
             return (shown(name), file.size, marks), file.size, any(marks)
     fs, path = file_system(name, flag, token)
     told = fs.info(path)
+    if "ETag" in told:  # of S3, where a listing tells other things beside it than the file itself
+        return (name, told["size"], [told["ETag"]]), told["size"], True
     marks = sorted((key, str(value)) for key, value in told.items() if key not in ("name", "Key", "size"))
     return (name, told.get("size"), marks), told.get("size"), True
 
