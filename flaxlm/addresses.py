@@ -209,7 +209,9 @@ def open_file(name: str, token: str | None) -> BinaryIO:
     if is_of_web(name):
         return io.BufferedReader(HttpFile(name), BLOCK)
     fs, path = file_system(name, "", token)
-    return io.BufferedReader(fs.open(path, "rb"), BLOCK)
+    file = io.BufferedReader(fs.open(path, "rb"), BLOCK)
+    file.file_system = fs  # an archive is closed with the last that knows its file system
+    return file
 
 
 BLOCK = 2**20

@@ -152,7 +152,7 @@ def check_apart(name: str, sources: Mapping[str, text.Source], others: Mapping[s
     if common and not ("validation" in sources and "validation" in others):
         files = sorted(addresses.shown(item) for item in common if isinstance(item, str))
         what = f"has {files[0]}, as {name} has" if files else f"is the same data as {name}"
-        remedy = "name it once, or give validation_file in both or --validation_file for all"
+        remedy = "name it once, or give both a validation_file, or one for all as a flag"
         cli.fail(f"{what}: what is held out of one would be trained on in the other; {remedy}")
     for one, other in ((names, other_names), (other_names, names)):
         if one.get("validation", set()) & other.get("train", set()):

@@ -11,6 +11,7 @@ import re
 import socket
 import sys
 import threading
+import zipfile
 from urllib.parse import urlsplit
 
 import fsspec
@@ -312,6 +313,19 @@ def test_directories_and_patterns_at_addresses(names, expected, streaming, memor
         text = f"{os.path.basename(name).partition('.')[0]}\n".encode()
         memory.pipe(f"/data/{name}", gzip.compress(text) if name.endswith(".gz") else text)
     assert texts_of(names, tmp_path / "cache", streaming) == expected.split()
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["zip://sub/a.txt", "zip://sub", "zip://**", "zip://sub/*.txt"])
+@pytest.mark.parametrize("place", ["memory://data/a.zip", "the disk"])
+def test_files_in_archives(place, name, streaming, memory, tmp_path):
+    """Which may lie at an address themselves."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("sub/a.txt", "one\ntwo\n")
+        archive.writestr("sub/notes.md", "")
+    memory.pipe("/data/a.zip", (tmp_path / "a.zip").read_bytes())
+    place = f"file://{tmp_path}/a.zip" if place == "the disk" else place
+    assert texts_of(f"{name}::{place}", tmp_path / "cache", streaming) == ["one", "two"]
 
 
 def test_a_change_in_a_file_system_is_seen(memory, tmp_path):
