@@ -3,14 +3,14 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 import datasets
 import numpy as np
 
-from flaxlm import arguments, mixtures, processes, streams, text, token_rows
+from flaxlm import addresses, arguments, cli, mixtures, processes, streams, text, token_rows
 from flaxlm.streams import TextStream
 from flaxlm.token_rows import Collator, TextSize, TokenizeFn, TokenRows
 
@@ -70,16 +70,20 @@ def num_rows(rows: TokenRows | None) -> int:
     return len(rows["input_ids"]) if rows else 0
 
 
-def prepare(args: arguments.Arguments, tokenize_fn: TokenizeFn, collator: Collator) -> Corpus:
-    """Text to rows of tokens. `tokenize_fn` and `collator` are the objective's; the other arguments say which text."""
+def prepare(
+    args: arguments.Arguments, tokenize_fn: TokenizeFn, collator: Collator, sources: Mapping[str, text.Source] | None = None
+) -> Corpus:
+    """Text to rows of tokens. `tokenize_fn` and `collator` are the objective's; the other arguments say which text, unless
+    `sources` are where it was found.
+    """
     if args.data.mixture_file:
         return prepare_mixture(args, tokenize_fn, collator)
     if args.data.streaming:
-        train, validation, size = streams.open_streams(args, tokenize_fn, collator)
+        train, validation, size = streams.open_streams(args, tokenize_fn, collator, sources)
         identity = train and train.identity
     else:
         with processes.main_first():
-            splits = text.load_splits(args, collator)
+            splits = text.load_splits(args, collator, sources)
             rows = token_rows.tokenize_and_group(splits, tokenize_fn, collator, args.data, args.model.cache_dir)
         train, validation = rows.get("train"), rows.get("validation")
         size = validation and measure(splits["validation"], validation, args.data, collator)
@@ -107,10 +111,11 @@ def prepare_mixture(args: arguments.Arguments, tokenize_fn: TokenizeFn, collator
     """The corpora of --mixture_file, each as if it were the only one; what is evaluated of them is evaluated together."""
     path, found = args.data.mixture_file, []
     parts = mixtures.read(path)
-    for part, own in zip(parts, mixtures.arguments_of(parts, args), strict=True):
+    arguments_of_parts = list(mixtures.arguments_of(parts, args))
+    for part, own, sources in zip(parts, arguments_of_parts, find_sources(path, parts, arguments_of_parts), strict=True):
         logger.info("Corpus %s of the mixture:", part.name)
         with mixtures.telling(path, part.name):
-            found.append(prepare(own, tokenize_fn, collator))
+            found.append(prepare(own, tokenize_fn, collator, sources))
     if args.data.validation_file and args.training.do_eval:
         found.append(prepare(of_validation_file(args), tokenize_fn, collator))
     evaluated = [corpus for corpus in found if corpus.validation]
@@ -122,6 +127,36 @@ def prepare_mixture(args: arguments.Arguments, tokenize_fn: TokenizeFn, collator
     identity = " + ".join(f"{part.share} {part.name} ({corpus.identity})" for part, corpus in zip(parts, corpora, strict=True))
     mixture = Mixture(path, parts, [corpus.train for corpus in corpora])
     return Corpus(mixture, joined, f"{identity} of --mixture_file", size)
+
+
+def find_sources(
+    path: str, parts: Sequence[mixtures.Part], arguments_of_parts: Sequence[arguments.Arguments]
+) -> list[dict[str, text.Source]]:
+    """Where the text of each corpus is. What one of them evaluates must not be trained on as text of another."""
+    found: list[dict[str, text.Source]] = []
+    with processes.main_first():
+        for part, own in zip(parts, arguments_of_parts, strict=True):
+            with mixtures.telling(path, part.name):
+                found.append(text.find_sources(own))
+                for earlier, other, sources in zip(parts, arguments_of_parts, found[:-1], strict=False):
+                    columns = {own.data.text_column_name, other.data.text_column_name}
+                    if None in columns or len(columns) == 1:
+                        check_apart(earlier.name, sources, found[-1])
+    return found
+
+
+def check_apart(name: str, sources: Mapping[str, text.Source], others: Mapping[str, text.Source]) -> None:
+    """Refuse two corpora with text in common if something is held out of one of them; `name` is that of the first."""
+    names, other_names = ({role: text.names_in(source) for role, source in found.items()} for found in (sources, others))
+    common = names.get("train", set()) & other_names.get("train", set())
+    if common and not ("validation" in sources and "validation" in others):
+        files = sorted(addresses.shown(item) for item in common if isinstance(item, str))
+        what = f"has {files[0]}, as {name} has" if files else f"is the same data as {name}"
+        remedy = "name it once, or give both a validation_file, or one for all as a flag"
+        cli.fail(f"{what}: what is held out of one would be trained on in the other; {remedy}")
+    for one, other in ((names, other_names), (other_names, names)):
+        if one.get("validation", set()) & other.get("train", set()):
+            logger.warning("What is evaluated of it, or of %s, is trained on in the other.", name)
 
 
 def size_of_rows(corpora: Sequence[Corpus], collator: Collator) -> TextSize | None:

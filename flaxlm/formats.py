@@ -77,7 +77,7 @@ def read_tables(
             except UnreadableError as error:
                 cli.fail(f"{what}: {error}")
             except Exception as error:
-                if addresses.is_address(path) and any(map(addresses.is_about_network, cli.causes(error))):
+                if addresses.is_address(path) and addresses.is_about_server(error):
                     raise addresses.explain(f"{flag} {addresses.shown(path)}", error) from error
                 raise
 

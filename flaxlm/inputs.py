@@ -52,7 +52,7 @@ def find_local(name: str, flag: str) -> tuple[list[str], int]:
             cli.fail(f"{flag} {name}: was written by save_to_disk; read it with --dataset_name")
         return of_our_formats(sorted(walk(name)), f"{flag} {name}", "in it")
     if is_pattern(name) and not os.path.lexists(name):
-        matches = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+        matches = sorted(path for path in glob.glob(name, recursive=True) if not os.path.isdir(path))
         return of_our_formats(matches, f"{flag} {name}", "of that name")
     check_suffix(name, flag)
     if not os.path.isfile(name):
@@ -96,9 +96,14 @@ def find_address(name: str, flag: str, token: str | None) -> tuple[list[str], in
     with addresses.told_of(flag, name):
         found = addresses.find(name, flag, token)
     if found.is_list:
-        return of_our_formats(found.names, f"{flag} {addresses.shown(name)}", "there")
-    check_suffix(name, flag)
-    return found.names, 0
+        ours = of_our_formats(found.names, f"{flag} {addresses.shown(name)}", "there")
+    else:
+        check_suffix(name, flag)
+        ours = found.names, 0
+    for path, size in zip(found.names, found.sizes, strict=True):
+        if size == 0 and path in ours[0]:
+            cli.fail(f"{flag} {addresses.shown(path)}: is empty")
+    return ours
 
 
 def check_suffix(name: str, flag: str) -> None:
@@ -108,6 +113,8 @@ def check_suffix(name: str, flag: str) -> None:
 
 
 def check_size(path: str, flag: str) -> None:
+    if not os.path.exists(path):
+        cli.fail(f"{flag} {path}: is a link to a file that is not there; remove one or restore the other")
     if os.path.getsize(path) == 0:
         cli.fail(f"{flag} {path}: is empty")
 

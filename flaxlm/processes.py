@@ -99,9 +99,12 @@ def gather_rows(rows: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """The rows of all processes, in order of the processes, on each of them."""
     if jax.process_count() == 1:
         return rows
-    fewest = int(multihost_utils.process_allgather(np.array(len(rows["input_ids"]))).min())
-    gathered = {name: multihost_utils.process_allgather(array[:fewest]) for name, array in rows.items()}
-    return {name: array.reshape(-1, array.shape[-1]) for name, array in gathered.items()}
+    sizes = multihost_utils.process_allgather(np.array(len(rows["input_ids"])))
+    gathered = {}
+    for name, array in rows.items():
+        parts = multihost_utils.process_allgather(np.pad(array, ((0, sizes.max() - len(array)), (0, 0))))
+        gathered[name] = np.concatenate([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return gathered
 
 
 RESUME = "to go on, run the same command with --resume_from_checkpoint"

@@ -27,13 +27,13 @@ class TextStream:
 
     A window is `shuffle_buffer_size` texts: they are tokenised, joined to the tokens that the window before left over, cut
     into rows, and the rows permuted by (seed, epoch, window). A position is JSON: the state of the dataset at the window's
-    start, the left-over tokens, and the number of the window's rows that are used up. Each process has a shard of the texts.
+    start, the left-over tokens, and the number of the window's rows that are used up. Each process has its part of the texts.
     `source` is the flag and name that messages begin with; `identity` tells this stream from one of other texts.
     """
 
     def __init__(
         self,
-        open_dataset: Callable[[], datasets.IterableDataset],
+        open_dataset: Callable[[], "datasets.IterableDataset | DealtTexts"],
         tokenize_fn: Callable[[Mapping[str, list]], Mapping[str, list]],
         text_column: str,
         collator: Collator,
@@ -134,36 +134,79 @@ def told_of_streams(source: str) -> Iterator[None]:
         with cli.reading(f"{source}: cannot be read further"):
             yield
     except cli.Ending as ending:
-        error = next((error for error in cli.causes(ending) if addresses.is_about_network(error)), None)
-        if error is None:
+        judged = addresses.explain(source, ending)
+        if not isinstance(judged, cli.Accident):
             raise
         advice = "if a checkpoint was saved, the same command with --resume_from_checkpoint goes on from it"
-        raise cli.Accident(f"{source}: the network failed: {cli.first_line(error)}; {advice}") from ending
+        raise cli.Accident(f"{judged}; {advice}") from ending
 
 
-def open_shard(source: text.Source, num_skipped: int) -> datasets.IterableDataset:
-    """This process's shard of a split as a stream, without its first texts."""
-    dataset = text.open_stream(source)
-    dataset = datasets.distributed.split_dataset_by_node(dataset, jax.process_index(), jax.process_count())
+class DealtTexts:
+    """This process's part of texts that all processes read: blocks of neighbours, which stay together, dealt in turn.
+
+    Blocks have 1, 2, 4, ... and at last 128 texts: nobody goes without, however few there are, and of a file with a blank line
+    behind each text nobody gets only those lines. The first `num_skipped` texts that are ours are left out. Iterated once;
+    between two texts `state_dict` is JSON that a new one goes on from.
+    """
+
+    MOST_DOUBLINGS = 7  # the borders of blocks tear neighbours apart
+
+    def __init__(self, dataset: datasets.IterableDataset, index: int, num_processes: int, num_skipped: int = 0):
+        self.dataset, self.index, self.num_processes = dataset, index, num_processes
+        self.place = {"block": 0, "texts_of_block": 0, "num_skipped": num_skipped}
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        place = self.place
+        for row in self.dataset:
+            is_ours = place["block"] % self.num_processes == self.index
+            place["texts_of_block"] += 1
+            if place["texts_of_block"] == 2 ** min(place["block"] // self.num_processes, self.MOST_DOUBLINGS):
+                place["block"], place["texts_of_block"] = place["block"] + 1, 0
+            if is_ours and place["num_skipped"]:
+                place["num_skipped"] -= 1
+            elif is_ours:
+                yield row
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"dataset": self.dataset.state_dict(), **self.place}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.dataset.load_state_dict(state["dataset"])
+        self.place.update({name: state[name] for name in self.place})
+
+
+def open_shard(source: text.Source, num_skipped: int, by_files: bool) -> datasets.IterableDataset | DealtTexts:
+    """This process's part of a split as a stream, without its first texts.
+
+    With `by_files` it is files of its own, so that it reads no others, if their number is a multiple of the processes.
+    """
+    dataset, index, num_processes = text.open_stream(source), jax.process_index(), jax.process_count()
+    if num_processes > 1 and not (by_files and dataset.num_shards % num_processes == 0):
+        return DealtTexts(dataset, index, num_processes, num_skipped)
+    dataset = datasets.distributed.split_dataset_by_node(dataset, index, num_processes)
     return dataset.skip(num_skipped) if num_skipped else dataset
 
 
 def open_streams(
-    args: arguments.Arguments, tokenize_fn: TokenizeFn, collator: Collator
+    args: arguments.Arguments,
+    tokenize_fn: TokenizeFn,
+    collator: Collator,
+    sources: Mapping[str, text.Source] | None = None,
 ) -> tuple[TextStream | None, TokenRows | None, TextSize | None]:
     """The training stream, the evaluation rows and the size of their text; without validation data these rows come from the
     beginning of the stream.
 
-    They are held out also without do_eval, so that a later evaluation meets what was never trained on.
+    They are held out also without do_eval, so that a later evaluation meets what was never trained on. `sources` are looked
+    for unless they are found already.
     """
-    sources = text.find_sources(args)
+    sources = sources or text.find_sources(args)
     split = "validation" if "validation" in sources else "train"
     reads_rows = args.training.do_eval or split == "train"
     needed = ["train"] * args.training.do_train + [split] * reads_rows
     columns = {name: find_column(name, sources[name], collator, args.data) for name in dict.fromkeys(needed)}
 
     def make_stream(split: str, num_skipped: int = 0) -> TextStream:
-        open_dataset = functools.partial(open_shard, sources[split], num_skipped)
+        open_dataset = functools.partial(open_shard, sources[split], num_skipped, by_files=split == "train")
         tokenize_column = token_rows.column_function(tokenize_fn, columns[split], collator)
         sizes = args.data.shuffle_buffer_size, args.training.seed
         return TextStream(open_dataset, tokenize_column, columns[split], collator, *sizes, name_of(split, args.data))
@@ -211,17 +254,17 @@ def read_evaluation_rows(
     if is_one_text and not args.training.do_eval:
         logger.warning("The training data is one text: nothing of it is held out for evaluation.")
         return None, 0, None
-    rows = processes.gather_rows(found)
-    if len(rows["input_ids"]) == 0:
+    counts, rows = processes.gather_json(len(found["input_ids"])), processes.gather_rows(found)
+    if sum(counts) == 0:
         cli.fail(f"the {split} data {args.data.reason_for_no_rows(stream.text_column)}")
     if is_one_text:
         cli.fail("the training data has 1 row(s), too few to hold some out; give --validation_file")
-    if len(found["input_ids"]) < share and split == "train":
-        cli.fail(f"--num_eval_samples {wanted}: all the data gives only {len(found['input_ids'])} rows; lower it")
+    if min(counts) < share and split == "train":
+        cli.fail(f"--num_eval_samples {wanted}: all the data gives only {sum(counts)} rows; lower it")
     sizes = processes.gather_json(size)
     is_known = not stream.collator.line_by_line and None not in sizes
     size = TextSize(*map(sum, zip(*sizes, strict=True))) if is_known else None
-    return rows, num_texts, size
+    return {name: array[:wanted] for name, array in rows.items()}, num_texts, size
 
 
 def identify(stream: TextStream, num_held_out: int) -> str:

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pandas
 
-from flaxlm import arguments, cli, files, formats, inputs, randomness
+from flaxlm import addresses, arguments, cli, files, formats, inputs, randomness
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +203,15 @@ def plain_names(directory: str) -> Iterator[tuple[str, dict[str, str]]]:
         yield mirror, links
 
 
+def names_in(source: Source) -> set[Any]:
+    """What a split is of: its files, or the part of a dataset. Splits that have a name in common have text in common."""
+    if isinstance(source, files.TextFiles):
+        return {path if addresses.is_address(path) else os.path.realpath(path) for path in source.paths}
+    if isinstance(source, datasets.Dataset):
+        return {("dataset", source._fingerprint)}
+    return {(*(source.options[name] for name in ("path", "name", "data_dir")), source.split)}
+
+
 # ---- Opening and loading -------------------------------------------------------------------------------------------------
 
 
@@ -227,13 +236,15 @@ def open_stream(source: Source) -> datasets.IterableDataset:
     return datasets.load_dataset(**source.options, split=source.split, streaming=True)
 
 
-def load_splits(args: arguments.Arguments, collator: Any) -> dict[str, datasets.Dataset]:
-    """Load the splits that this run needs: "train", "validation" or both.
+def load_splits(
+    args: arguments.Arguments, collator: Any, sources: Mapping[str, Source] | None = None
+) -> dict[str, datasets.Dataset]:
+    """Load the splits that this run needs: "train", "validation" or both; of `sources`, if they are found already.
 
     Where the data has no validation split, `validation_split_percentage` of the training rows are drawn with the seed, also
     without do_eval: so a later evaluation of the same data meets rows that were never trained on.
     """
-    sources = find_sources(args)
+    sources = sources or find_sources(args)
     wanted = ["train"] * args.training.do_train + ["validation"] * args.training.do_eval
     needed = [role for role in sources if role in wanted or "validation" not in sources]
     splits = {role: load_source(sources[role], args.model.cache_dir) for role in needed}

@@ -9,7 +9,9 @@ import logging
 import os
 import re
 import socket
+import sys
 import threading
+import zipfile
 from urllib.parse import urlsplit
 
 import fsspec
@@ -91,6 +93,15 @@ def write(path, texts=TEXTS) -> None:
 def texts_of(names, directory, streaming: bool, **options) -> list[str]:
     rows = files.load(names, "--train_file", str(directory), streaming=streaming, **options)
     return [row["text"] for row in rows]
+
+
+@pytest.fixture
+def no_clients(monkeypatch):
+    """As if s3fs and gcsfs were not installed; where they are, they may have been imported already."""
+    for package, protocols in (("s3fs", ("s3", "s3a")), ("gcsfs", ("gs", "gcs"))):
+        monkeypatch.setitem(sys.modules, package, None)
+        for protocol in protocols:
+            monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
 
 
 BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "streaming"])
@@ -227,7 +238,7 @@ def test_a_server_that_is_not_there():
         ("a?.txt", "a?.txt"),
     ],
 )
-def test_secrets_in_addresses_are_not_shown(address, shown, tmp_path):
+def test_secrets_in_addresses_are_not_shown(address, shown, no_clients, tmp_path):
     """Neither in messages nor in what is logged and written of a run."""
     assert addresses.shown(address) == shown
     data_args = arguments.DataArguments(train_file=[address])
@@ -304,6 +315,19 @@ def test_directories_and_patterns_at_addresses(names, expected, streaming, memor
     assert texts_of(names, tmp_path / "cache", streaming) == expected.split()
 
 
+@BOTH
+@pytest.mark.parametrize("name", ["zip://sub/a.txt", "zip://sub", "zip://**", "zip://sub/*.txt"])
+@pytest.mark.parametrize("place", ["memory://data/a.zip", "the disk"])
+def test_files_in_archives(place, name, streaming, memory, tmp_path):
+    """Which may lie at an address themselves."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("sub/a.txt", "one\ntwo\n")
+        archive.writestr("sub/notes.md", "")
+    memory.pipe("/data/a.zip", (tmp_path / "a.zip").read_bytes())
+    place = f"file://{tmp_path}/a.zip" if place == "the disk" else place
+    assert texts_of(f"{name}::{place}", tmp_path / "cache", streaming) == ["one", "two"]
+
+
 def test_a_change_in_a_file_system_is_seen(memory, tmp_path):
     memory.pipe("/data/a.txt", b"one\n")
     assert texts_of("memory://data", tmp_path / "cache", False) == ["one"]
@@ -317,8 +341,6 @@ def test_a_change_in_a_file_system_is_seen(memory, tmp_path):
         ("memory://none/a.txt", "^--train_file memory://none/a.txt: no such file$"),
         ("memory://data/*.csv", r"^--train_file memory://data/\*.csv: there is no txt, .* file there$"),
         ("memory://data/notes.doc", "^--train_file memory://data/notes.doc: unknown suffix"),
-        ("s3://bucket/a.txt", "^--train_file s3://bucket/a.txt: s3:// needs a package that is not installed: pip install s3fs"),
-        ("gs://bucket/*.txt", r"^--train_file gs://bucket/\*.txt: gs:// needs a package .*: pip install gcsfs"),
         ("odd://a/b.txt", "^--train_file odd://a/b.txt: fsspec .* has no protocol odd://"),
     ],
 )
@@ -326,6 +348,39 @@ def test_what_is_not_there(name, message, memory, refuses):
     memory.pipe("/data/notes.doc", b"x")
     with refuses(message):
         inputs.find(name, "--train_file")
+
+
+@pytest.mark.parametrize(("name", "package"), [("s3://bucket/a.txt", "s3fs"), (r"gs://bucket/*.txt", "gcsfs")])
+def test_a_package_that_is_not_installed(name, package, no_clients, refuses):
+    protocol = name.partition(":")[0]
+    with refuses(
+        rf"^--train_file {protocol}://.*: {protocol}:// needs a package that is not installed: pip install {package}$"
+    ):
+        inputs.find(name, "--train_file")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("https://me:secret@[::1/a.txt", "^an address of https:// is none: Invalid IPv6 URL$"),
+        ("http:///a.txt", "^--train_file http:///a.txt: is no address: "),
+    ],
+)
+def test_what_is_no_address(name, message, refuses):
+    with refuses(message):
+        inputs.find(name, "--train_file")
+
+
+def test_empty_files_are_refused(memory, web, refuses):
+    """As local ones are; alone, and in a directory."""
+    memory.pipe("/data/a.txt", b"one\n")
+    memory.pipe("/data/b.txt", b"")
+    (web.directory / "a.txt").touch()
+    for name, empty in (("memory://data", "memory:///data/b.txt"), (f"{web.address}/a.txt",) * 2):
+        with refuses(f"^--train_file {empty}: is empty$"):
+            inputs.find(name, "--train_file")
+    with refuses("^--train_file memory://: names no file$"):
+        inputs.find("memory://", "--train_file")
 
 
 # ---- The Hub -------------------------------------------------------------------------------------------------------------

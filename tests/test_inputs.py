@@ -74,6 +74,15 @@ def test_links_in_a_circle_and_to_what_is_there_already(tree):
     assert found.repeated == ["data/z.txt"]
 
 
+@pytest.mark.parametrize("name", ["", "*", "b.txt"])
+def test_a_link_to_nothing_is_refused(name, refuses, tmp_path):
+    """In a directory or by a pattern too: text would be missing without a word."""
+    (tmp_path / "a.txt").write_text("one\n")
+    (tmp_path / "b.txt").symlink_to("/nowhere/b.txt")
+    with refuses(f"^--train_file {tmp_path}/b.txt: (is a link to a file that is not there|no such file)"):
+        inputs.find(str(tmp_path / name), "--train_file")
+
+
 def test_home(tree, monkeypatch):
     monkeypatch.setenv("HOME", str(tree.parent))
     assert inputs.find("~/data/*.txt", "--train_file").paths == [str(tree / "a.txt"), str(tree / "b.txt")]

@@ -4,6 +4,7 @@
 import functools
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from fractions import Fraction
@@ -257,7 +258,7 @@ def data(texts, tmp_path_factory) -> Path:
     """A mixture of a txt file and a directory of two splits, whose column is called otherwise: of 3 to 1."""
     path = tmp_path_factory.mktemp("mixture")
     texts = [" ".join(text.split()) for text in texts]
-    (path / "prose.txt").write_text("\n\n\n".join(texts[:150]) + "\n")  # of two processes each reads every other line
+    (path / "prose.txt").write_text("\n\n".join(texts[:150]) + "\n")
     (path / "code").mkdir()
     for split, part in (("train", texts[150:400]), ("validation", texts[400:430])):
         (path / "code" / f"{split}.jsonl").write_text("".join(json.dumps({"id": "5", "content": t}) + "\n" for t in part))
@@ -402,6 +403,38 @@ def test_what_is_wrong_with_a_corpus_is_told_with_its_name(streaming, prepare, d
     (tmp_path / "blank.txt").write_text("\n \n" * 150)
     with refuses(where + "the train data "):
         prepare(*mixture(train_file=str(tmp_path / "blank.txt")), streaming=streaming)
+
+
+@BOTH
+def test_what_is_held_out_of_one_corpus_is_not_trained_on_in_another(streaming, prepare, data, refuses, tmp_path, caplog):
+    """A file that two name, by whatever path or pattern, or the same dataset; unless neither holds anything out of it."""
+    prose, code = {"train_file": str(data / "prose.txt")}, {"dataset_name": str(data / "code"), "text_column_name": "content"}
+    os.symlink(data / "prose.txt", tmp_path / "link.txt")
+    datasets.Dataset.from_dict({"text": ["a b c"] * 300, "title": ["d e f"] * 300}).save_to_disk(tmp_path / "saved")
+
+    def mixture(first, second) -> list:
+        entries = {"first": {**first, "weight": 1}, "second": {**second, "weight": 1}}
+        return ["--mixture_file", write(tmp_path / "m.json", entries)]
+
+    where = r"^--mixture_file .*m.json: second: "
+    for name in (str(data / "*.txt"), str(tmp_path / "link.txt")):
+        with refuses(
+            where + "has .*prose.txt, as first has: what is held out of one would be trained on in the other; name it"
+        ):
+            prepare(*mixture(prose, {"train_file": name}), streaming=streaming)
+    saved = {"dataset_name": str(tmp_path / "saved")}
+    with refuses(where + "is the same data as first: what is held out"):
+        prepare(*mixture(saved, saved), streaming=streaming)
+    prepare(*mixture({**saved, "text_column_name": "text"}, {**saved, "text_column_name": "title"}), streaming=streaming)
+    prepare(*mixture(code, code), streaming=streaming)  # there is a validation split
+    own = {"validation_file": str(data / "code" / "validation.jsonl")}
+    prepare(*mixture({**prose, **own}, {**prose, **own}), streaming=streaming)
+    with refuses(where + "has .*prose.txt"):
+        prepare(*mixture({**prose, **own}, prose), streaming=streaming)
+    prepare(*mixture(prose, prose), "--validation_file", own["validation_file"], streaming=streaming)
+    caplog.clear()
+    prepare(*mixture(code, {"train_file": own["validation_file"], **own, "text_column_name": "content"}), streaming=streaming)
+    assert "What is evaluated of it, or of first, is trained on in the other." in caplog.text
 
 
 def test_a_stream_that_is_damaged_later_is_told_with_its_name(prepare, data, refuses, tmp_path):
