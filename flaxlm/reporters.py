@@ -271,7 +271,8 @@ class Reports:
     def open(self, name: str, make: Callable[[], TensorBoard | Rows]) -> None:
         """Add a reporter, unless that fails."""
         limit = f"{START:.0f} seconds{LIMITS.get(name, '')}"
-        with saying(f"{TITLES[name]} does not answer yet; training begins when it has, or without it after {limit}"):
+        line = f"{TITLES[name]} does not answer yet; training begins when it has, or without it after {limit}"
+        with contextlib.nullcontext() if name == "tensorboard" else saying(line):
             self.attempt(name, lambda: self.reporters.setdefault(name, make()))
         if name in self.reporters and isinstance(self.reporters[name], Rows):
             logger.info("%s: %s", TITLES[name], self.reporters[name].client.where)
