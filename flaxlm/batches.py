@@ -185,21 +185,19 @@ def rows_per_epoch(mixture: Mixture, plan: Plan) -> list[int]:
 def mixed_stream_batches(
     mixture: Mixture, collator: Collator, plan: Plan, seed: int, first_step: int, position: Mapping[str, Any] | None
 ) -> Iterator[dict[str, Any]]:
-    """Rows of several streams, each in its own order, in every step as many of each as its share says, to within one."""
+    """Rows of several streams, each in its own order; of all rows of a step each stream gives its share, to within one."""
     readers = []
     for name, stream in zip(mixture.names, mixture.corpora, strict=True):
         own = position[name] if position else None
         readers.append(StreamReader(mixtures.iterate(stream.windows(own), mixture.path, name), own))
     num_rows = plan.local_size(plan.train_batch_size)
     for step in range(first_step, plan.num_steps):
-        corpora_PN = [
-            mixtures.divide_step(num_rows, mixture.shares, seed, step, process) for process in range(plan.num_processes)
-        ]
+        corpora_PN = mixtures.divide_step(num_rows, mixture.shares, seed, step, plan.num_processes)
         corpora_N = corpora_PN[plan.process_index]
         parts = [reader.take(int((corpora_N == number).sum())) for number, reader in enumerate(readers)]
         rows = mixtures.interleave(parts, corpora_N, collator.columns)
         positions = {name: reader.position for name, reader in zip(mixture.names, readers, strict=True)}
-        carried_along = count_rows(mixture, np.concatenate(corpora_PN)) | {"position": positions}
+        carried_along = count_rows(mixture, corpora_PN.reshape(-1)) | {"position": positions}
         yield collate(rows, collator, plan, seed, step) | carried_along
 
 

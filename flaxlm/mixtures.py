@@ -205,16 +205,23 @@ def draw_rows(name: str, size: int, seed: int, first: int, count: int) -> np.nda
     return np.concatenate([np.zeros(0, np.int64), *orders])[first - passes.start * size :][:count]
 
 
-def divide_step(num_rows: int, shares: Sequence[Fraction], seed: int, step: int, process: int) -> np.ndarray:
-    """The corpus of each row that a process puts into a step: int [num_rows].
+def divide_step(num_rows: int, shares: Sequence[Fraction], seed: int, step: int, num_processes: int) -> np.ndarray:
+    """The corpora of the rows that P processes put into a step, `num_rows` each: int [P, num_rows].
 
-    Systematic sampling: evenly spaced points behind a random offset, so that a corpus gets its share of the rows to within
-    one, and in the long run exactly, however small it is. They come in random order.
+    Systematic sampling: evenly spaced points behind an offset, so that of all these rows a corpus gets its share to within
+    one, however small that is. From step to step the offset moves on by the golden ratio, which keeps what a corpus has had
+    since the first step near its share too. A process has every P-th point, from another place in each step, in random order.
     """
-    np_rng = randomness.host_rng(seed, "mixture", step, process)
-    points_N = (np.arange(num_rows) + np_rng.random()) / num_rows
+    offset = (randomness.host_rng(seed, "mixture").random() + step * GOLDEN_RATIO) % 1
+    points_N = (np.arange(num_rows * num_processes) + offset) / (num_rows * num_processes)
     borders = np.cumsum([float(share) for share in shares])[:-1]
-    return np_rng.permutation(np.searchsorted(borders, points_N, side="right"))
+    corpora_NP = np.searchsorted(borders, points_N, side="right").reshape(num_rows, num_processes)
+    orders = (randomness.host_rng(seed, "mixture", step, process) for process in range(num_processes))
+    corpora_PN = np.roll(corpora_NP.T, step, axis=0)
+    return np.stack([np_rng.permutation(corpora_N) for np_rng, corpora_N in zip(orders, corpora_PN, strict=True)])
+
+
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def interleave(

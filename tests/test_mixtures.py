@@ -141,16 +141,24 @@ def test_a_corpus_without_a_row_is_refused(refuses):
         )
 
 
-def test_systematic_sampling():
-    """Within one of the share in every step and process, and right on average, for a share of a hundredth of a row too."""
+@pytest.mark.parametrize(("num_processes", "num_rows"), [(1, 8), (4, 2), (1, 1)])
+def test_systematic_sampling(num_processes, num_rows):
+    """Within one of the share in every step, and within four since the first, for a share of a hundredth of a row too."""
     shares = [Fraction(899, 1600), Fraction(1, 800), Fraction(699, 1600)]
-    counts = np.array([np.bincount(mixtures.divide_step(8, shares, 1, step, 0), minlength=3) for step in range(4000)])
-    expected = 8 * np.array([float(share) for share in shares])
+    steps = [mixtures.divide_step(num_rows, shares, 1, step, num_processes) for step in range(2000)]
+    assert {step.shape for step in steps} == {(num_processes, num_rows)}
+    counts = np.array([np.bincount(step.reshape(-1), minlength=3) for step in steps])
+    expected = num_processes * num_rows * np.array([float(share) for share in shares])
     assert (np.abs(counts - expected) < 1).all()
-    np.testing.assert_allclose(counts.mean(axis=0), expected, atol=0.03)
-    assert 0.006 < counts[:, 1].mean() < 0.014
-    orders = [tuple(mixtures.divide_step(8, shares, 1, 5, process)) for process in range(8)]
-    assert len(set(orders)) > 4  # not all processes alike
+    assert (np.abs(counts.cumsum(axis=0) - expected * np.arange(1, 2001)[:, None]) < 4).all()
+    of_processes = np.mean([step.mean(axis=1) for step in steps], axis=0)  # none has more of one corpus than another has
+    np.testing.assert_allclose(of_processes, of_processes.mean(), atol=0.02)
+
+
+def test_rows_of_a_step_are_in_random_order():
+    shares = [Fraction(1, 2), Fraction(1, 2)]
+    orders = {tuple(row) for step in range(2) for row in mixtures.divide_step(8, shares, 1, step, 4)}
+    assert len(orders) > 4
 
 
 # ---- The file ------------------------------------------------------------------------------------------------------------
