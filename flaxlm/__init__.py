@@ -88,8 +88,10 @@ def begin(version: str, script: str, as_program: bool) -> None:
 
 
 INTERRUPTED = "interrupted before training began; nothing to save"
-# After SIGTERM not 143, with which runs end that have saved what they gained: a scheduler would start this one for ever.
-STATUS_BEFORE_TRAINING = {signal.SIGINT: 128 + signal.SIGINT, signal.SIGTERM: 1}
+# After SIGTERM not 143, with which runs end that have saved what they gained: who starts those again would start this one for
+# ever where the time is too short. It is BSD's EX_TEMPFAIL: nothing is wrong, try it at another time.
+NOTHING_GAINED = 75
+STATUS_BEFORE_TRAINING = {signal.SIGINT: 128 + signal.SIGINT, signal.SIGTERM: NOTHING_GAINED}
 
 
 def end_at_once(name: str, signum: int) -> None:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+import flaxlm
 from flaxlm import arguments, cli
 
 logger = logging.getLogger(__name__)
@@ -147,10 +148,10 @@ class StopSignal:
 class Stopped(cli.Ending):
     """The run was told to stop, and all processes know it.
 
-    By a scheduler, before it made a step, it ends as something that failed: started again, it would get no further.
+    By a scheduler, before it made a step, it ends with another status: after as long it would get no further the next time.
     """
 
     def __init__(self, signum: int, advice: str = RESUME, has_gained: bool = True):
         for_nothing = signum == signal.SIGTERM and not has_gained
         super().__init__(f"stopped as asked{', before its first step: it needs more time' if for_nothing else ''}; {advice}")
-        self.status = 1 if for_nothing else 128 + signum
+        self.status = flaxlm.NOTHING_GAINED if for_nothing else 128 + signum

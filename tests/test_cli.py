@@ -38,7 +38,7 @@ def end_with(error: BaseException | None) -> int:
         (cli.Accident("the disk is full"), 1, "run_mine.py: error: the disk is full\n"),
         (processes.Stopped(15), 143, "run_mine.py: stopped as asked; to go on, run the same command with --resume_from_chec"),
         (KeyboardInterrupt(), 130, "run_mine.py: interrupted before training began; nothing to save\n"),
-        (KeyboardInterrupt(signal.SIGTERM), 1, "run_mine.py: interrupted before training began; nothing to save\n"),
+        (KeyboardInterrupt(signal.SIGTERM), 75, "run_mine.py: interrupted before training began; nothing to save\n"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -166,7 +166,7 @@ cli.end(cli.run(main, "run_mine.py"))
 
 
 # After SIGTERM it is not 143, by which docs/train.sbatch knows a run that has gained something and is to be started again.
-SIGNALS = pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 1)], ids=["INT", "TERM"])
+SIGNALS = pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)], ids=["INT", "TERM"])
 
 
 @SIGNALS

@@ -39,16 +39,17 @@ echo "$@" >> asked
 
 @pytest.fixture
 def submit(tmp_path, roberta_dir, corpus):
-    """submit(num_tasks, *flags) -> the batch file at work in tmp_path, as SLURM would start it."""
+    """submit(num_tasks, *flags, time_left) -> the batch file at work in tmp_path, as SLURM would start it."""
     (tmp_path / "bin").mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
 
-    def call(num_tasks: int, *flags) -> subprocess.Popen:
+    def call(num_tasks: int, *flags, time_left: int = 300) -> subprocess.Popen:
         (tmp_path / "tasks").unlink(missing_ok=True)
         job = {"SLURM_JOB_ID": free_job_id(), "SLURM_NTASKS": str(num_tasks), "SLURM_CPUS_PER_TASK": "1"}
         job |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
+        job |= {"SLURM_JOB_END_TIME": str(int(time.time()) + time_left)}
         command = ["bash", BATCH_FILE, ROOT / "run_mlm_flax.py", "--config_name", roberta_dir, "--tokenizer_name", roberta_dir]
         command += ["--train_file", corpus, "--output_dir", "out", "--max_seq_length", 32, "--max_steps", 60, *flags]
         command += ["--save_steps", 10, "--max_eval_samples", 16, "--per_device_train_batch_size", 4]
@@ -120,6 +121,16 @@ def test_what_gains_nothing_does_not_queue_up(moment, submit, tmp_path):
     assert line in log.read_text().splitlines()[-1]
 
 
+def test_preempted_before_the_first_step_it_queues_up_again(submit, tmp_path):
+    """There is more time than the next start may need."""
+    job = submit(1, time_left=3600)
+    log = tmp_path / "log"
+    wait_until(lambda: "Arguments other than the defaults" in log.read_text(), tmp_path)
+    os.kill(int((tmp_path / "tasks").read_text()), signal.SIGTERM)
+    assert job.wait(timeout=300) == 75, log.read_text()
+    assert re.fullmatch(r"requeue \d+\n", (tmp_path / "asked").read_text())
+
+
 def test_several_processes_that_gain_nothing(submit, tmp_path):
     """Once they have found each other, and before they train, the signal is heard as well."""
     end_at(submit, tmp_path, "Process 0 of 2", "Process 1 of 2", num_tasks=2)
@@ -133,7 +144,7 @@ def end_at(submit, directory: Path, *moments: str, num_tasks: int = 1) -> None:
     wait_until(lambda: all(moment in (directory / "log").read_text() for moment in moments), directory)
     for task in (directory / "tasks").read_text().split():
         os.kill(int(task), signal.SIGTERM)
-    assert job.wait(timeout=300) == 1, (directory / "log").read_text()
+    assert job.wait(timeout=300) == 75, (directory / "log").read_text()
     assert not (directory / "asked").exists()
 
 
