@@ -17,8 +17,8 @@ from tests.conftest import read_events
 from tests.test_checkpoints import common, outcome, saved_steps, train, train_until  # noqa: F401 (fixtures)
 
 # A high loss counts as good, so that the first of the evaluations, after every second step, is the best on any machine.
-WORSE = ["--learning_rate", 1e-3, "--lr_scheduler_type", "constant", "--eval_steps", 2, "--warmup_steps", 0,
-         "--greater_is_better", "true"]  # fmt: skip
+FIRST_IS_BEST = ["--learning_rate", 1e-3, "--lr_scheduler_type", "constant", "--warmup_steps", 0]
+FIRST_IS_BEST += ["--eval_steps", 2, "--greater_is_better", "true"]
 
 
 def make(**flags) -> arguments.TrainingArguments:
@@ -98,7 +98,7 @@ def best_of(output_dir: Path) -> tuple[int, float]:
 def best(train, tmp_path_factory) -> Path:  # noqa: F811
     """A run whose best evaluation is not the last, and whose saves fall elsewhere."""
     output_dir = tmp_path_factory.mktemp("best")
-    train(output_dir, *WORSE, "--load_best_model_at_end", "--save_steps", 5, "--save_total_limit", 1)
+    train(output_dir, *FIRST_IS_BEST, "--load_best_model_at_end", "--save_steps", 5, "--save_total_limit", 1)
     assert best_of(output_dir)[0] == 2
     return output_dir
 
@@ -120,7 +120,7 @@ def test_the_model_is_the_best(best, common, train, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("stops", [(3,), (8, 11)], ids=str)
 def test_the_best_is_the_same_in_a_resumed_run(stops, best, train, tmp_path):  # noqa: F811
-    more = [*WORSE, "--load_best_model_at_end", "--save_steps", 5, "--save_total_limit", 1]
+    more = [*FIRST_IS_BEST, "--load_best_model_at_end", "--save_steps", 5, "--save_total_limit", 1]
     train_until(train, tmp_path, stops[0], *more)
     for step in stops[1:]:
         train_until(train, tmp_path, step, *more, "--resume_from_checkpoint")
@@ -130,7 +130,16 @@ def test_the_best_is_the_same_in_a_resumed_run(stops, best, train, tmp_path):  #
 
 def test_ended_between_the_best_evaluation_and_its_save(best, train, monkeypatch, tmp_path):  # noqa: F811
     """The same command goes on from the save before it, evaluates again, and chooses what an undisturbed run chooses."""
-    more = [*WORSE, "--load_best_model_at_end", "--save_steps", 5, "--save_total_limit", 1, "--resume_from_checkpoint", "auto"]
+    more = [
+        *FIRST_IS_BEST,
+        "--load_best_model_at_end",
+        "--save_steps",
+        5,
+        "--save_total_limit",
+        1,
+        "--resume_from_checkpoint",
+        "auto",
+    ]
     save, (best_step, _) = checkpoints.Saver.save, best_of(best)
 
     def end_at_the_best(saver, step, *args):
@@ -148,7 +157,7 @@ def test_ended_between_the_best_evaluation_and_its_save(best, train, monkeypatch
 
 def test_the_best_comes_along_to_another_directory(best, train, tmp_path):  # noqa: F811
     """A run that goes on elsewhere takes the best state with it; the one that it goes on from stays as it is."""
-    more = [*WORSE, "--load_best_model_at_end", "--save_steps", 5, "--save_total_limit", 1]
+    more = [*FIRST_IS_BEST, "--load_best_model_at_end", "--save_steps", 5, "--save_total_limit", 1]
     shutil.copytree(best, tmp_path / "first")
     train(tmp_path / "second", *more, "--resume_from_checkpoint", tmp_path / "first")
     step, _ = best_of(best)
@@ -161,7 +170,7 @@ def test_stopping_early(best, train, tmp_path, capsys):  # noqa: F811
     """After the first evaluation that is not better; saved, logged and told; resumed it is over at once, and with
     more patience it goes on as if it had had that from the start."""
     stop = 4  # the evaluation at step 2 is the best
-    train(tmp_path, *WORSE, "--early_stopping_patience", 1)
+    train(tmp_path, *FIRST_IS_BEST, "--early_stopping_patience", 1)
     assert "Stopping early: 1 evaluation(s) in a row not better; the best loss was" in capsys.readouterr().err
     results = json.loads((tmp_path / "train_results.json").read_text())
     assert results["train_steps"] == stop
@@ -170,11 +179,11 @@ def test_stopping_early(best, train, tmp_path, capsys):  # noqa: F811
     assert [step for step, _ in points["train_loss"]] == list(range(1, stop + 1))
     assert points["train_loss"] == read_events(best)["train_loss"][:stop]
     assert points["train_time"][-1][0] == stop
-    train(tmp_path, *WORSE, "--early_stopping_patience", 1, "--resume_from_checkpoint")
+    train(tmp_path, *FIRST_IS_BEST, "--early_stopping_patience", 1, "--resume_from_checkpoint")
     assert saved_steps(tmp_path)[-1] == stop
     again = json.loads((tmp_path / "train_results.json").read_text())
     assert {**again, "train_memory_gib": 0} == {**results, "train_memory_gib": 0}
-    train(tmp_path, *WORSE, "--early_stopping_patience", 99, "--resume_from_checkpoint")
+    train(tmp_path, *FIRST_IS_BEST, "--early_stopping_patience", 99, "--resume_from_checkpoint")
     assert outcome(tmp_path)["state"] == outcome(best)["state"]
 
 
